@@ -1,0 +1,477 @@
+"""Trains the Oracle: a causal LM with a linear reward head beside its LM head, by Eq. 5 of DRDO (arXiv 2410.08458).
+
+In:   a causal LM, data/all/train.jsonl (prompt, chosen, rejected)
+Out:  out/oracle/: model and tokenizer (the head inside, as score.weight), args.json, log.jsonl, checkpoint/
+
+    deepspeed oracle.py                                              # the Oracle: alpha 0.01
+    for k in 1 2 3; do deepspeed oracle.py --alpha 0 --seed $k --out out/reward_model_$k; done     # e-DPO's ensemble, Eq. 2
+    deepspeed --num_gpus 2 oracle.py --model facebook/opt-1.3b --gradient_checkpointing
+
+The folder loads as AutoModelForCausalLM and as AutoModelForSequenceClassification, with equal rewards. The reward is
+read at the response's EOS. The seed draws the head and the order of the data, so members of an ensemble differ in both.
+
+One row holds a pair, [prompt | chosen | rejected]; see align.py, which lays it out alike.
+
+Where the paper leaves a choice: the LM term log(y_w) is summed over the response's tokens, as Eq. 5 prints it
+(--lm_term mean averages it); the model starts from the SFT policy; the head is drawn from N(0, 1/(H+1)).
+"""
+import argparse
+import functools
+import itertools
+import json
+import logging
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from importlib.metadata import version
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from losses import last_token_rewards, oracle_loss, response_logps
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    group = parser.add_argument_group("method")
+    group.add_argument("--alpha", type=float, default=0.01, help="Eq. 5's weight of the LM term; 0 is Eq. 2")
+    group.add_argument("--lm_term", choices=["sum", "mean"], default="sum", help="log(y_w) over the response's tokens")
+    group = parser.add_argument_group("data and model")
+    group.add_argument("--model", default="out/sft", help="where the Oracle starts: a folder or a hub name")
+    group.add_argument("--data", default="data/all/train.jsonl", help="preference JSONL to train on")
+    group.add_argument("--eval_data", default="data/all/validation.jsonl", help="held-out preference JSONL; '' for none")
+    group.add_argument("--out", default="out/oracle", help="folder to write")
+    group.add_argument("--max_length", type=int, default=1024, help="drop pairs whose prompt + response has more tokens")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch_size", type=int, default=64, help="pairs an optimizer step, over all processes")
+    group.add_argument("--micro_batch_size", type=int, default=8, help="pairs a forward pass, on one process")
+    group.add_argument("--learning_rate", type=float, default=1e-5, help="peak, after warm-up; then cosine to 0")
+    group.add_argument("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
+    group.add_argument("--warmup_steps", type=int, default=100, help="linear warm-up")
+    group.add_argument("--epochs", type=float, default=1.0, help="passes over the data, where --max_steps is 0")
+    group.add_argument("--max_steps", type=int, default=0, help="optimizer steps, over as many epochs as they take")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
+    group.add_argument("--deepspeed_config", default="ds_config.json", help="ZeRO stage, bf16 (off on a CPU), clipping")
+    group = parser.add_argument_group("logging and checkpoints")
+    group.add_argument("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
+    group.add_argument("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
+    group.add_argument("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
+    group.add_argument("--resume", action="store_true", help="go on from <out>/checkpoint, with the flags it began with")
+    group.add_argument("--seed", type=int, default=0, help="initialisation of the head and order of the data")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    return parser.parse_args()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it stands, and every flag's default."""
+
+
+def fail(message):
+    """Ends the program on bad input: one line on stderr (of rank 0), exit status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def make_folder(path):
+    """Makes the folder that a run writes to."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {path}: cannot make this folder ({error}); name another")
+
+
+def init_process():
+    """Joins the processes that `deepspeed` started, or is the only one under `python`; returns (device, rank, world size)."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()  # it would report score.weight as unexpected; missing weights end the run below
+    # DeepSpeed would compile a C++ all-reduce for CPUs here, and crash where there is no compiler; gloo does it too
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))))
+    deepspeed.init_distributed(verbose=False)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def read_jsonl(path, *keys):
+    """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line")
+                for key in keys:
+                    value = row.get(key) if isinstance(row, dict) else None
+                    if not isinstance(value, (str, list) if key == "prompt" else str):
+                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}")
+                rows.append(row)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: cannot read it ({error}); name an existing UTF-8 JSONL file")
+    return rows or fail(f"{path}: it holds no rows")
+
+
+def load_tokenizer(folder):
+    """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        fail(f"{folder}: no tokenizer there ({str(error).splitlines()[0]}); give a model folder or a hub name")
+    if tokenizer.eos_token_id is None:
+        fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(0)]
+        tokenizer.pad_token = next(token for token in others if token and token != tokenizer.eos_token)
+    return tokenizer
+
+
+def load_model(folder, pad_token_id):
+    """The folder's causal LM in fp32 (DeepSpeed casts it), with SDPA attention and without dropout."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):  # OPT's dropout is functional: only the config turns it off
+                setattr(config, name, 0.0)
+        config.pad_token_id = pad_token_id
+        model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
+                                                           attn_implementation="sdpa", output_loading_info=True)
+    except (OSError, ValueError) as error:
+        fail(f"--model {folder}: no causal LM there ({str(error).splitlines()[0]}); give a model folder or a hub name")
+    if info["missing_keys"]:
+        fail(f"--model {folder}: its weights lack {sorted(info['missing_keys'])[0]}; give the folder of a whole causal LM")
+    return model
+
+
+def add_head(lm):
+    """Gives the LM a linear reward head `score`, as AutoModelForSequenceClassification has it: one folder loads as both."""
+    width = lm.get_output_embeddings().weight.shape[1]  # OPT's hidden states leave it projected to this width
+    lm.score = torch.nn.Linear(width, 1, bias=False)
+    torch.nn.init.normal_(lm.score.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, arXiv 2009.01325
+    lm.config.num_labels = 1
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, text or messages: by the chat template where there is one, else its text after one BOS."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    if not isinstance(prompt, str):
+        names = {"user": "Human", "assistant": "Assistant"}
+        turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
+        prompt = "\n\n".join(turns + ["Assistant:\n"])
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + tokenizer(prompt, add_special_tokens=False).input_ids
+
+
+def encode_response(tokenizer, response):
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart, so that no token spans both."""
+    return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+
+def encode_pairs(tokenizer, rows, max_length, path):
+    """(pairs, kept): token ids (prompt, chosen, rejected) of the rows that fit in max_length, and their row numbers."""
+    pairs, kept = [], []
+    for number, row in enumerate(tqdm(rows, "tokenising", disable=dist.get_rank() > 0)):
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        chosen, rejected = encode_response(tokenizer, row["chosen"]), encode_response(tokenizer, row["rejected"])
+        if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
+            pairs.append([np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)])
+            kept.append(number)
+    if not pairs:
+        fail(f"{path}: all {len(rows)} pairs have more than --max_length {max_length} tokens; raise it")
+    if dist.get_rank() == 0:
+        print(f"{path}: {len(pairs)} pairs, {len(rows) - len(pairs)} over --max_length {max_length} tokens dropped")
+    return pairs, np.array(kept)
+
+
+def collate(pairs, pad_token_id, device):
+    """A batch of rows [prompt | chosen | rejected], padded right: what PairModel takes, integer tensors.
+
+    Returns input_ids, position_ids, segments, previous: (B, T), and last: (B, 2). Positions of both responses go on
+    from the prompt's. `segments` is 0 in the prompt, 1 in chosen, 2 in rejected, -1 in padding; `previous` the position
+    whose hidden state predicts a token; `last` the positions of the two EOS.
+    """
+    width = max(sum(map(len, pair)) for pair in pairs)
+    shape = (len(pairs), width)
+    input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
+    position_ids, previous, last = np.zeros(shape, int), np.zeros(shape, int), np.zeros((len(pairs), 2), int)
+    for i, (prompt, chosen, rejected) in enumerate(pairs):
+        p, c, r = len(prompt), len(chosen), len(rejected)
+        input_ids[i, :p + c + r] = np.concatenate([prompt, chosen, rejected])
+        segments[i, :p + c + r] = np.repeat([0, 1, 2], [p, c, r])
+        position_ids[i, :p + c + r] = np.concatenate([np.arange(p + c), np.arange(p, p + r)])
+        previous[i, 1:] = np.arange(width - 1)
+        previous[i, p + c] = p - 1  # the first rejected token follows the prompt, not chosen's EOS
+        last[i] = p + c - 1, p + c + r - 1
+    batch = dict(input_ids=input_ids, position_ids=position_ids, segments=segments, previous=previous, last=last)
+    return {name: torch.as_tensor(array, device=device) for name, array in batch.items()}
+
+
+def pair_mask(segments):
+    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column): causal, and of the two responses
+    each sees the prompt and itself. Padding sees padding, for a query with no key at all is NaN."""
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+    query, key = segments[:, :, None], segments[:, None, :]
+    return (causal & ((key == 0) | (key == query)))[:, None]
+
+
+class PairModel(torch.nn.Module):
+    """A causal LM (with a reward head `score`, or without) that scores both responses of a pair in one row."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, input_ids, position_ids, segments, previous, last, scored=2):
+        """(logps, rewards) of (chosen, rejected), (B, 2) each: log-probs of the first `scored` responses only, 0 for the
+        others; rewards is None without a head."""
+        hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=pair_mask(segments),
+                                    use_cache=False).last_hidden_state  # (B, T, H)
+        logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids,
+                               segments.where(segments <= scored, 0), previous)
+        rewards = last_token_rewards(hidden, self.lm.score.weight, last) if hasattr(self.lm, "score") else None
+        return logps, rewards
+
+
+@torch.no_grad()
+def check_layout(model, batch, folder):
+    """Fails where the model's own forward, on prompt + response alone, gives a pair other log-probs than one row does:
+    a model that ignores 4D masks, slides a window shorter than the pair, or scales its logits. `batch` holds one pair."""
+    logps, _ = model(**batch)
+    for number, logp in enumerate(logps[0], 1):
+        prompt, response = batch["input_ids"][batch["segments"] == 0], batch["input_ids"][batch["segments"] == number]
+        logits = model.lm(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
+        own = logits.float().log_softmax(-1).gather(-1, response[:, None]).sum()
+        if abs(own - logp) > 0.05 * len(response):
+            fail(f"{folder}: log pi(y|x) of a response is {own:.2f} by the model's own forward and {logp:.2f} in a row of pairs; "
+                 "this model type cannot be trained here, or not with this --max_length")
+
+
+def batches(lengths, batch_size, seed):
+    """Endless optimizer batches, arrays of row numbers: each a random sample of its epoch, longest row first, so that
+    micro-batches cut from it hold rows of similar length."""
+    for epoch in itertools.count():
+        order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
+        for batch in order[:len(order) // batch_size * batch_size].reshape(-1, batch_size):
+            yield batch[np.argsort(-lengths[batch], kind="stable")]
+
+
+@torch.no_grad()
+def score_all(model, pairs, micro_batch_size, to_batch, description):
+    """(logps, rewards) of all pairs, (N, 2) each, on the CPU: sorted by length, shared out among the processes."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    scores = torch.zeros(2, len(pairs), 2, device=next(model.parameters()).device)
+    order = np.argsort([-sum(map(len, pair)) for pair in pairs], kind="stable")
+    micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+    for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0, leave=False):
+        logps, rewards = model(**to_batch([pairs[i] for i in micro]))
+        scores[0, micro] = logps
+        scores[1, micro] = 0.0 if rewards is None else rewards
+    dist.all_reduce(scores)
+    return scores.cpu()
+
+
+def gather(window):
+    """What every process logged of its pairs, a list of dicts of (B,) on each -> one dict of (pairs,) on the CPU."""
+    here = {name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    return {name: torch.cat([part[name] for part in everywhere]) for name in here}
+
+
+def means(metrics, prefix=""):
+    """Each metric's mean over pairs; without those that are NaN, as a loss whose Oracle rewards were not given."""
+    return {prefix + name: value.mean().item() for name, value in metrics.items() if not value.isnan().all()}
+
+
+def make_engine(model, args, device, max_steps):
+    """DeepSpeed's engine around the model: AdamW, linear warm-up and cosine to 0, and what --deepspeed_config says."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
+                                   {"params": others, "weight_decay": 0.0}], lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, args.warmup_steps, max_steps))
+    try:
+        with open(args.deepspeed_config) as file:
+            config = json.load(file)
+    except (OSError, json.JSONDecodeError) as error:
+        fail(f"--deepspeed_config {args.deepspeed_config}: cannot read it ({error}); run from the folder that holds ds_config.json")
+    config.update(train_batch_size=args.batch_size, train_micro_batch_size_per_gpu=args.micro_batch_size, steps_per_print=2**31)
+    if device.type == "cpu":
+        config["bf16"] = {"enabled": False}  # 3 times slower than fp32 there
+    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+
+
+def schedule_factor(step, warmup_steps, max_steps):
+    """The learning rate of step 0, 1, ... as a share of its peak: linear warm-up, then a cosine that ends at 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
+
+
+def start_run(engine, args):
+    """Writes <out>/args.json and returns the step to start from: 0, or with --resume the last checkpoint's, whose weights
+    and optimizer it loads and whose log.jsonl it cuts off there."""
+    step, lines, log_path, args_path = 0, [], f"{args.out}/log.jsonl", f"{args.out}/args.json"
+    if args.resume:
+        if not os.path.exists(f"{args.out}/checkpoint/latest"):
+            fail(f"--resume: {args.out}/checkpoint holds no checkpoint; start without --resume")
+        with open(args_path) as file:
+            before = json.load(file)
+        for name, value in vars(args).items():
+            if name not in ("resume", "local_rank", "log_steps", "eval_steps", "save_steps") and value != before[name]:
+                fail(f"--resume: --{name} was {before[name]} and is now {value}; give the flags that the run began with")
+        step = engine.load_checkpoint(f"{args.out}/checkpoint")[1]["step"]
+        with open(log_path) as file:
+            lines = [line for line in file if json.loads(line)["step"] <= step]
+    if dist.get_rank() == 0:
+        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
+        write_whole(args_path, json.dumps({**vars(args), "processes": dist.get_world_size(), "versions": versions}, indent=2))
+        write_whole(log_path, "".join(lines))
+    return step
+
+
+def write_whole(path, text):
+    """Writes a file whole or not at all."""
+    with open(path + ".partial", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".partial", path)
+
+
+def log(args, line):
+    """Appends a line to <out>/log.jsonl and shows its loss and accuracy; on rank 0."""
+    if dist.get_rank() == 0:
+        with open(f"{args.out}/log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+        tqdm.write(f"step {line['step']}: " + ", ".join(f"{name} {line[name]:.4g}" for name in line if name.endswith(shown)))
+
+
+def peak_memory_gb():
+    """Most memory this process has held: the GPU's where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def save_checkpoint(engine, args, step):
+    """Writes <out>/checkpoint/step<step>; the checkpoint before it goes once this one is whole."""
+    folder = f"{args.out}/checkpoint"
+    engine.save_checkpoint(folder, tag=f"step{step}", client_state={"step": step})
+    if dist.get_rank() == 0:
+        for name in os.listdir(folder):
+            if name.startswith("step") and name != f"step{step}":
+                shutil.rmtree(f"{folder}/{name}")
+
+
+def save_model(lm, tokenizer, args):
+    """Writes model and tokenizer beside their place in <out>, then moves each file there; on rank 0."""
+    if dist.get_rank() == 0:
+        partial = f"{args.out}/partial"
+        lm.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for name in os.listdir(partial):
+            os.replace(f"{partial}/{name}", f"{args.out}/{name}")
+        os.rmdir(partial)
+        print(f"{args.out}: model, tokenizer, args.json and log.jsonl written")
+
+
+def loss_and_metrics(args, logps, rewards, lengths):
+    """Eq. 5 of each pair, (B,), and what is logged of each pair, a dict of (B,).
+
+    logps, rewards: log pi(y|x) and rewards of (chosen, rejected), (B, 2); lengths: tokens of chosen, (B,).
+    """
+    lm_term = logps[:, 0] / lengths if args.lm_term == "mean" else logps[:, 0]
+    loss = oracle_loss(rewards[:, 0], rewards[:, 1], lm_term, args.alpha)
+    margins = rewards[:, 0] - rewards[:, 1]
+    metrics = {"loss": loss, "loss/bradley_terry": oracle_loss(rewards[:, 0], rewards[:, 1], None, alpha=0),
+               "rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1],
+               "rewards/accuracies": (margins > 0).float(), "rewards/margins": margins}
+    if args.alpha:
+        metrics["logps/chosen"] = logps[:, 0]
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def main():
+    args = parse_args()
+    device, rank, world_size = init_process()
+    args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // world_size))
+    if args.batch_size % (args.micro_batch_size * world_size):
+        fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x {world_size} processes")
+    make_folder(args.out)
+
+    # ---- data
+    tokenizer = load_tokenizer(args.model)
+    rows = read_jsonl(args.data, "prompt", "chosen", "rejected")
+    pairs, _ = encode_pairs(tokenizer, rows, args.max_length, args.data)
+    eval_pairs = []
+    if args.eval_data:
+        rows = read_jsonl(args.eval_data, "prompt", "chosen", "rejected")
+        eval_pairs, _ = encode_pairs(tokenizer, rows, args.max_length, args.eval_data)
+    if len(pairs) < args.batch_size:
+        fail(f"{args.data}: {len(pairs)} pairs are fewer than --batch_size {args.batch_size}; lower it")
+    lengths = np.array([sum(map(len, pair)) for pair in pairs])
+    max_steps = args.max_steps or max(1, int(args.epochs * len(pairs) / args.batch_size))
+
+    # ---- model
+    torch.manual_seed(args.seed)
+    lm = load_model(args.model, tokenizer.pad_token_id)
+    add_head(lm)
+    if args.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lm.train()  # dropout is 0
+    engine = make_engine(PairModel(lm), args, device, max_steps)
+    to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
+    check_layout(engine.module, to_batch([pairs[lengths.argmax()]]), args.model)
+    step = start_run(engine, args)
+
+    # ---- training
+    scored = 1 if args.alpha else 0  # only the chosen response has an LM term
+    window, tokens, start = [], 0, time.time()
+    steps = itertools.islice(batches(lengths, args.batch_size, args.seed), step, max_steps)
+    for batch in tqdm(steps, "oracle", initial=step, total=max_steps, disable=rank > 0):
+        for micro in batch.reshape(-1, world_size, args.micro_batch_size)[:, rank]:
+            inputs = to_batch([pairs[i] for i in micro])
+            logps, rewards = engine(**inputs, scored=scored)
+            loss, metrics = loss_and_metrics(args, logps, rewards, (inputs["segments"] == 1).sum(1))
+            engine.backward(loss.mean())
+            engine.step()
+            window.append(metrics)
+        step += 1
+        tokens += lengths[batch].sum()
+
+        if step == 1 or step % args.log_steps == 0 or step == max_steps:
+            log(args, {"step": step, "epoch": step * args.batch_size / len(pairs), **means(gather(window)),
+                       "grad_norm": float(engine.get_global_grad_norm()),
+                       "learning_rate": args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps),
+                       "tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": peak_memory_gb()})
+            window, tokens, start = [], 0, time.time()
+        if eval_pairs and (step % args.eval_steps == 0 or step == max_steps):
+            logps, rewards = score_all(engine.module, eval_pairs, args.micro_batch_size, to_batch, "evaluating")
+            chosen_lengths = torch.tensor([len(chosen) for _, chosen, _ in eval_pairs])
+            log(args, {"step": step, **means(loss_and_metrics(args, logps, rewards, chosen_lengths)[1], "eval_")})
+            tokens, start = 0, time.time()
+        if args.save_steps and step % args.save_steps == 0:
+            save_checkpoint(engine, args, step)
+    save_model(lm, tokenizer, args)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Scores responses with one Oracle or K of them, once: the only program that scores anything.
+
+In:   reward models (out/oracle), and a JSONL of prompt + chosen + rejected, or of prompt + response (generations)
+Out:  rewards.pt: a dict that torch.load(weights_only=True) reads, with float32 tensors of shape (K, N), K oracles by
+      N rows in file order, NaN where a row is longer than --max_length: `chosen` and `rejected`, or `response` (and
+      `reference`, where rows carry one); `oracles`, the K folders; `data_sha256`, the scored file's.
+
+    deepspeed precompute_rewards.py                                                     # for align.py --loss drdo
+    deepspeed precompute_rewards.py --oracle out/reward_model_{1,2,3} --out ensemble.pt   # for align.py --loss edpo
+    deepspeed precompute_rewards.py --data out/drdo/generations.jsonl --out out/drdo/rewards.pt     # for evaluate.py
+    deepspeed --num_gpus 2 precompute_rewards.py --oracle Skywork/Skywork-Reward-V2-Llama-3.2-1B
+
+Any AutoModelForSequenceClassification with one label and a linear head `score` serves as an oracle. Its reward is read
+at the response's EOS. A text that stands in several rows is scored once. Rows are sorted by length and shared out among the processes; neither their
+number nor the batch size changes a reward beyond float rounding.
+"""
+import argparse
+import hashlib
+import json
+import logging
+import os
+import sys
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from losses import last_token_rewards
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--oracle", nargs="+", default=["out/oracle"], help="reward models: folders or hub names")
+    parser.add_argument("--data", default="data/all/train.jsonl", help="JSONL to score")
+    parser.add_argument("--out", default="rewards.pt", help="file to write")
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens of prompt + response past which a row gets NaN")
+    parser.add_argument("--micro_batch_size", type=int, default=32, help="responses a forward pass, on one process")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    return parser.parse_args()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it stands, and every flag's default."""
+
+
+def fail(message):
+    """Ends the program on bad input: one line on stderr (of rank 0), exit status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def init_process():
+    """Joins the processes that `deepspeed` started, or is the only one under `python`; returns (device, rank, world size)."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()  # it would report score.weight as unexpected; missing weights end the run below
+    # DeepSpeed would compile a C++ all-reduce for CPUs here, and crash where there is no compiler; gloo does it too
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))))
+    deepspeed.init_distributed(verbose=False)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def read_jsonl(path, *keys):
+    """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line")
+                for key in keys:
+                    value = row.get(key) if isinstance(row, dict) else None
+                    if not isinstance(value, (str, list) if key == "prompt" else str):
+                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}")
+                rows.append(row)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: cannot read it ({error}); name an existing UTF-8 JSONL file")
+    return rows or fail(f"{path}: it holds no rows")
+
+
+def load_tokenizer(folder):
+    """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        fail(f"{folder}: no tokenizer there ({str(error).splitlines()[0]}); give a model folder or a hub name")
+    if tokenizer.eos_token_id is None:
+        fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(0)]
+        tokenizer.pad_token = next(token for token in others if token and token != tokenizer.eos_token)
+    return tokenizer
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, text or messages: by the chat template where there is one, else its text after one BOS."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    if not isinstance(prompt, str):
+        names = {"user": "Human", "assistant": "Assistant"}
+        turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
+        prompt = "\n\n".join(turns + ["Assistant:\n"])
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + tokenizer(prompt, add_special_tokens=False).input_ids
+
+
+def encode_response(tokenizer, response):
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart, so that no token spans both."""
+    return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+
+def load_oracle(folder, device):
+    """The folder's reward model: a decoder with a linear head `score`, one label."""
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(f"--oracle {folder}: no reward model there ({str(error).splitlines()[0]}); train one with oracle.py")
+    if "score.weight" in info["missing_keys"] or not hasattr(model, "score"):
+        fail(f"--oracle {folder}: it has no reward head `score.weight` of one label; train one with oracle.py")
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def score(model, texts, pad_token_id, micro_batch_size, device, description):
+    """Rewards of token id lists, (len(texts),) on the CPU: sorted by length, shared out among the processes."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rewards = torch.zeros(len(texts), device=device)
+    order = np.argsort([-len(ids) for ids in texts], kind="stable")
+    micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+    for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0):
+        lengths = torch.tensor([len(texts[i]) for i in micro], device=device)
+        input_ids = np.full((len(micro), max(lengths)), pad_token_id)  # padded right: a causal mask hides it, no other is needed
+        for row, i in enumerate(micro):
+            input_ids[row, :len(texts[i])] = texts[i]
+        hidden = model.base_model(input_ids=torch.as_tensor(input_ids, device=device), use_cache=False).last_hidden_state
+        rewards[micro] = last_token_rewards(hidden, model.score.weight, lengths[:, None] - 1)[:, 0]
+    dist.all_reduce(rewards)
+    return rewards.cpu()
+
+
+def main():
+    args = parse_args()
+    device, rank, _ = init_process()
+    rows = read_jsonl(args.data, "prompt")
+    keys = ["response"] if "response" in rows[0] else ["chosen", "rejected"]
+    rows = read_jsonl(args.data, "prompt", *keys)
+    if "reference" in rows[0] and keys == ["response"]:
+        rows = read_jsonl(args.data, "prompt", "response", "reference")
+        keys.append("reference")
+    with open(args.data, "rb") as file:
+        data_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+
+    unique = {}  # (prompt, response) -> its number: references, and repeated generations, are scored once
+    texts = {key: [unique.setdefault((json.dumps(row["prompt"]), row[key]), len(unique)) for row in rows] for key in keys}
+    rewards = {key: torch.full((len(args.oracle), len(rows)), float("nan")) for key in keys}
+    for k, folder in enumerate(args.oracle):
+        tokenizer = load_tokenizer(folder)
+        model = load_oracle(folder, device)
+        ids = [encode_prompt(tokenizer, json.loads(prompt)) + encode_response(tokenizer, response)
+               for prompt, response in tqdm(unique, "tokenising", disable=rank > 0)]
+        fits = [i for i, text in enumerate(ids) if len(text) <= args.max_length]
+        if not fits:
+            fail(f"{args.data}: every row has more than --max_length {args.max_length} tokens; raise it")
+        scores = torch.full((len(ids),), float("nan"))
+        scores[fits] = score(model, [ids[i] for i in fits], tokenizer.pad_token_id, args.micro_batch_size, device, folder)
+        for key in keys:
+            rewards[key][k] = scores[texts[key]]
+        del model
+
+    if rank == 0:
+        torch.save({**rewards, "oracles": args.oracle, "data_sha256": data_sha256}, args.out + ".partial")
+        os.replace(args.out + ".partial", args.out)
+        scored = torch.stack(list(rewards.values())).isfinite().all(0).all(0)  # (N,)
+        print(f"{args.out}: rewards of {len(rows)} rows by {len(args.oracle)} oracles, {int((~scored).sum())} rows over "
+              f"--max_length {args.max_length} tokens (NaN)")
+        for k, folder in enumerate(args.oracle):
+            if keys[0] == "chosen":
+                margins = (rewards["chosen"] - rewards["rejected"])[k, scored]
+                print(f"  {folder}: chosen above rejected in {(margins > 0).float().mean():.3f} of pairs, margin "
+                      f"{margins.mean():.3f} (std {margins.std():.3f})")
+            else:
+                print(f"  {folder}: mean reward " + ", ".join(f"{value[k, scored].mean():.3f} ({key})" for key, value in rewards.items()))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
