@@ -150,7 +150,7 @@ def score(model, texts, pad_token_id, micro_batch_size, device, description):
         for row, i in enumerate(micro):
             input_ids[row, :len(texts[i])] = texts[i]
         hidden = model.base_model(input_ids=torch.as_tensor(input_ids, device=device), use_cache=False).last_hidden_state
-        rewards[micro] = last_token_rewards(hidden, model.score.weight, lengths[:, None] - 1)[:, 0]
+        rewards[micro] = last_token_rewards(hidden, model.score.weight, lengths[:, None] - 1)[:, 0].float()
     dist.all_reduce(rewards)
     return rewards.cpu()
 

@@ -1,0 +1,35 @@
+"""Shared by the tests: the scripts are importable, and one process group of one process is there."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+
+
+def run(script, *flags, processes=0, expect=0):
+    """Runs a stage as a user does: by `python`, or by the launcher on so many processes. Returns its standard error."""
+    command = [sys.executable, str(ROOT / script)]
+    if processes:
+        port = 20000 + os.getpid() % 10000
+        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(port),
+                   str(ROOT / script)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the launcher starts `python3` by name
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(command + [str(flag) for flag in flags], capture_output=True, text=True, cwd=ROOT,
+                          env={**alone, "OMP_NUM_THREADS": "1", "PATH": path})
+    assert done.returncode == expect, f"{script} {flags} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stderr
+
+
+@pytest.fixture(scope="session")
+def process_group():
+    """What a stage's functions need to run in this process."""
+    from align import init_process
+    init_process()

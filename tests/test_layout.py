@@ -1,0 +1,135 @@
+"""What a pair scores does not depend on its batch, on padding or on the one-row layout; compared in fp64 with the models'
+own forward on prompt + response alone."""
+import numpy as np
+import pytest
+import torch
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig, LlamaConfig, OPTConfig,
+                          Phi3Config)
+
+import align
+import losses
+import precompute_rewards
+import sft
+
+SHAPE = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+CONFIGS = {
+    "opt": OPTConfig(**SHAPE, ffn_dim=32, word_embed_proj_dim=8, pad_token_id=1, dropout=0.0),
+    "llama": LlamaConfig(**SHAPE, intermediate_size=32, num_key_value_heads=2, pad_token_id=1),
+    "phi3": Phi3Config(**SHAPE, intermediate_size=32, num_key_value_heads=4, pad_token_id=1, eos_token_id=2, bos_token_id=3,
+                       sliding_window=47),
+    "gpt_neox": GPTNeoXConfig(**SHAPE, intermediate_size=32, pad_token_id=1),
+}
+PAD = 1
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def models(request, tmp_path_factory):
+    """A tiny causal LM with a reward head in fp64, and the same folder read as a sequence classifier."""
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(CONFIGS[request.param], attn_implementation="sdpa")
+    for parameter in lm.parameters():  # larger than the initialisation, so that attention is far from uniform
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    align.add_head(lm)
+    folder = tmp_path_factory.mktemp(request.param)
+    lm.save_pretrained(folder)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
+    return align.PairModel(lm.double().eval()), classifier.eval()
+
+
+def pairs():
+    """Pairs of many lengths; the EOS of the first response is also a word in the others, a pad a word in some."""
+    generator = np.random.default_rng(0)
+    lengths = [(9, 5, 12), (1, 1, 1), (20, 3, 2), (4, 15, 15), (12, 1, 9)]
+    return [[generator.integers(0, 61, n, dtype=np.int32) for n in row] for row in lengths]
+
+
+def own_logp(lm, prompt, response):
+    """log pi(response|prompt) by the model's own forward, a plain loop over its softmax."""
+    ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long)[None]
+    probabilities = lm(ids).logits[0].softmax(-1)
+    return sum(probabilities[len(prompt) + i - 1, token].log() for i, token in enumerate(response.tolist()))
+
+
+def own_reward(classifier, prompt, response):
+    """The sequence classifier's own logit; without a pad id it reads the last token."""
+    ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long)[None]
+    pad, classifier.config.pad_token_id = classifier.config.pad_token_id, None
+    reward = classifier(ids).logits[0, 0]
+    classifier.config.pad_token_id = pad
+    return reward
+
+
+@torch.no_grad()
+def test_a_row_of_two_responses_scores_as_two_rows(models):
+    model, classifier = models
+    logps, rewards = model(**align.collate(pairs(), PAD, "cpu"))
+    for i, (prompt, *responses) in enumerate(pairs()):
+        for j, response in enumerate(responses):
+            assert logps[i, j].item() == pytest.approx(own_logp(model.lm, prompt, response).item(), rel=1e-10)
+            assert rewards[i, j].item() == pytest.approx(own_reward(classifier, prompt, response).item(), rel=1e-6)
+
+
+@torch.no_grad()
+def test_scores_do_not_depend_on_the_batch_or_on_padding(models):
+    model, _ = models
+    together = torch.stack(model(**align.collate(pairs(), PAD, "cpu")))
+    alone = torch.cat([torch.stack(model(**align.collate([pair], PAD, "cpu"))) for pair in pairs()], 1)
+    other_pad = torch.stack(model(**align.collate(pairs(), 7, "cpu")))
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(together, other_pad, rtol=1e-10, atol=1e-10)
+
+
+def test_loss_and_gradient_are_the_mean_over_pairs_alone(models):
+    model, _ = models
+    parameters = [p for name, p in model.lm.named_parameters()]
+
+    def drdo(batch):
+        logps, rewards = model(**align.collate(batch, PAD, "cpu"))
+        return losses.drdo_loss(*logps.unbind(1), *rewards.unbind(1), torch.ones(len(batch)), torch.zeros(len(batch)), gamma=0.0)
+
+    together = drdo(pairs())
+    alone = torch.cat([drdo([pair]) for pair in pairs()])
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+    for a, b in zip(torch.autograd.grad(together.mean(), parameters), torch.autograd.grad(alone.mean(), parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@torch.no_grad()
+def test_unscored_responses_cost_nothing_and_change_nothing(models):
+    model, _ = models
+    batch = align.collate(pairs(), PAD, "cpu")
+    (both, rewards), (chosen, same), (none, also) = model(**batch), model(**batch, scored=1), model(**batch, scored=0)
+    torch.testing.assert_close(both[:, 0], chosen[:, 0])
+    assert chosen[:, 1].eq(0).all() and none.eq(0).all()
+    torch.testing.assert_close(rewards, same)
+    torch.testing.assert_close(rewards, also)
+
+
+@torch.no_grad()
+def test_sft_and_scoring_need_no_mask(models, process_group):
+    """sft.py and precompute_rewards.py pad right and pass no mask at all."""
+    model, classifier = models
+    examples = [pair[:2] for pair in pairs()]
+    logps = sft.ResponseModel(model.lm)(**sft.collate(examples, PAD, "cpu"))
+    expected = [own_logp(model.lm, *example).item() for example in examples]
+    assert logps.tolist() == pytest.approx(expected, rel=1e-10)
+    texts = [np.concatenate(example).tolist() for example in examples]
+    expected = [own_reward(classifier, *example).item() for example in examples]
+    for batch_size in (1, 2, 5):
+        scores = precompute_rewards.score(classifier, texts, PAD, batch_size, torch.device("cpu"), "")
+        assert scores.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_ignores_the_mask_is_refused(models, capsys):
+    model, _ = models
+    batch = align.collate(pairs()[3:4], PAD, "cpu")
+    align.check_layout(model, batch, "folder")  # as it should be
+    base = model.lm.base_model
+    plain = base.forward
+    base.forward = lambda *ids, **inputs: plain(*ids, **{**inputs, "attention_mask": None})
+    try:
+        with pytest.raises(SystemExit) as exit:
+            align.check_layout(model, batch, "folder")
+    finally:
+        del base.forward
+    assert exit.value.code == 2 and "cannot be trained here" in capsys.readouterr().err

@@ -1,0 +1,184 @@
+"""losses.py against computations that share nothing with it: 400-digit decimals, the paper's gradient, plain loops."""
+import itertools
+from decimal import Decimal, getcontext
+
+import pytest
+import torch
+
+import losses
+
+getcontext().prec = 400  # e^-700 is 10^-304
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# (chosen_logps, rejected_logps): ordinary pairs, one nearly certain response, a long and a short one, equal ones
+LOGPS = [(-40.25, -38.5), (-1e-3, -20.0), (-3.5, -0.0625), (-700.0, -250.0), (-250.0, -700.0), (-12.0, -12.0), (-0.5, -0.75)]
+
+
+def log_sigma(x):
+    return -(1 + (-x).exp()).ln()
+
+
+def exact(function):
+    """Applies a function of Decimals to the float values as they are."""
+    return lambda *values: float(function(*(Decimal(float(value)) for value in values)))
+
+
+@exact
+def exact_drdo(zw, zl, sw, sl, rw, rl, alpha, gamma):
+    p_w = 1 / (1 + (zl - zw).exp())
+    log_ratio = zw - (1 - zl.exp()).ln()
+    return (rw - rl - (sw - sl)) ** 2 - alpha * (1 - p_w) ** gamma * log_ratio
+
+
+@exact
+def exact_oracle(rw, rl, zw, alpha):
+    return -((1 - alpha) * log_sigma(rw - rl) + alpha * zw)
+
+
+@exact
+def exact_dpo(zw, zl, ref_w, ref_l, beta):
+    return -log_sigma(beta * ((zw - zl) - (ref_w - ref_l)))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_losses_agree_with_400_digit_arithmetic(dtype, tolerance):
+    zw, zl = torch.tensor(LOGPS, dtype=dtype).T
+    generator = torch.Generator().manual_seed(0)
+    sw, sl, rw, rl, ref_w, ref_l = torch.randn(6, len(LOGPS), generator=generator).to(dtype)
+    ref_w, ref_l = zw + ref_w, zl + ref_l
+
+    def check(loss, function, *columns):
+        expected = torch.tensor([function(*row) for row in zip(*columns)], dtype=torch.float64)
+        torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+
+    check(losses.dpo_loss(zw, zl, ref_w, ref_l, beta=0.3), exact_dpo, zw, zl, ref_w, ref_l, [0.3] * len(zw))
+    for alpha in (0.0, 0.01, 1.0):
+        check(losses.oracle_loss(rw, rl, zw, alpha), exact_oracle, rw, rl, zw, [alpha] * len(zw))
+    for gamma in (0.0, 0.5, 2.0, 5.0):
+        loss = losses.drdo_loss(zw, zl, sw, sl, rw, rl, alpha=0.1, gamma=gamma)
+        check(loss, exact_drdo, zw, zl, sw, sl, rw, rl, [0.1] * len(zw), [gamma] * len(zw))
+
+
+def test_the_printed_values_of_a_worked_example():
+    """Values worked out by hand: z_w = log 1/2, z_l = log 1/4, so p_w = 2/3 and pi_w / (1 - pi_l) = 2/3."""
+    zw, zl = torch.tensor([0.5]).double().log(), torch.tensor([0.25]).double().log()
+    one, zero = torch.ones(1).double(), torch.zeros(1).double()
+    assert losses.contrastive_loss(zw, zl, gamma=2.0).item() == pytest.approx(-(1 / 9) * -0.4054651081081644, rel=1e-12)
+    assert losses.drdo_loss(zw, zl, one, zero, 3 * one, zero, alpha=0.0).item() == pytest.approx(4.0)
+    assert losses.dpo_loss(zw, zl, zw, zl).item() == pytest.approx(0.6931471805599453)
+    assert losses.oracle_loss(one, one, zw, alpha=0.5).item() == pytest.approx(0.6931471805599453)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_log1mexp(dtype):
+    x = -torch.logspace(-6 if dtype == torch.float32 else -15, 1.9, 400, dtype=dtype)
+    expected = torch.tensor([float((1 - Decimal(float(v)).exp()).ln()) for v in x], dtype=torch.float64)
+    torch.testing.assert_close(losses.log1mexp(x).double(), expected, rtol=3e-7 if dtype == torch.float32 else 1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
+def test_values_and_gradients_are_finite_everywhere(dtype, gamma):
+    """Log-probs from 0 to -5000 in all combinations (margins to +-5000), pi(y_l) = 1 among them."""
+    edges = [0.0, -1e-30, -1e-9, -1e-7, -1e-4, -0.5, -0.6931, -0.7, -1.0, -20.0, -100.0, -2000.0, -5000.0]
+    zw, zl = torch.tensor(list(itertools.product(edges, edges)), dtype=dtype).T
+    leaves = [x.clone().requires_grad_() for x in (zw, zl, zl / 4, zw / 4)]
+    zw, zl, a, b = leaves
+    for loss in (losses.drdo_loss(zw, zl, a, b, b, a, alpha=1.0, gamma=gamma), losses.dpo_loss(zw, zl, b, a),
+                 losses.edpo_loss(zw, zl, b, a, a[None], b[None]), losses.oracle_loss(a, b, zw, alpha=0.5)):
+        assert loss.shape == zw.shape and loss.dtype == torch.promote_types(dtype, torch.float32)
+        assert loss.isfinite().all()
+        grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+        # fp16 itself ends at 65504: a gradient may pass it there, but is never NaN
+        assert not any(g.isnan().any() if dtype == torch.float16 else not g.isfinite().all() for g in grads if g is not None)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
+def test_gradient_is_equation_30_focal_factor_included(gamma):
+    """Appendix A.5 for a softmax policy over five responses, whose grad z_i is onehot(i) - pi:
+    alpha gamma (1-p)^gamma p (grad z_w - grad z_l) log(pi_w/(1-pi_l)) - alpha (1-p)^gamma (grad pi_w/pi_w + grad pi_l/(1-pi_l))."""
+    theta = torch.tensor([0.3, -1.2, 2.0, 0.1, -0.4], dtype=torch.float64, requires_grad=True)
+    w, l, alpha = 1, 2, 0.1
+    z = theta.log_softmax(0)
+    (autograd,) = torch.autograd.grad(alpha * losses.contrastive_loss(z[w], z[l], gamma), theta)
+    with torch.no_grad():
+        pi = theta.softmax(0)
+        grad_zw, grad_zl = torch.eye(5).double()[w] - pi, torch.eye(5).double()[l] - pi
+        p = pi[w] / (pi[w] + pi[l])
+        focal = alpha * (1 - p) ** gamma
+        printed = (gamma * focal * p * (grad_zw - grad_zl) * torch.log(pi[w] / (1 - pi[l]))
+                   - focal * (grad_zw + pi[l] * grad_zl / (1 - pi[l])))
+    torch.testing.assert_close(autograd, printed, rtol=1e-12, atol=1e-14)
+
+
+def test_edpo_ensembles():
+    generator = torch.Generator().manual_seed(1)
+    chosen, rejected = (torch.randn(3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    zw, zl, ref_w, ref_l = -50 * torch.rand(4, 8, generator=generator, dtype=torch.float64)
+    zw.requires_grad_()
+    gradient = lambda loss: torch.autograd.grad(loss.sum(), zw)[0]
+    ensemble = losses.edpo_loss(zw, zl, ref_w, ref_l, chosen, rejected, ensemble="mean")
+    one = losses.edpo_loss(zw, zl, ref_w, ref_l, chosen.mean(0, keepdim=True), rejected.mean(0, keepdim=True))
+    torch.testing.assert_close(gradient(ensemble), gradient(one))  # mean: the same gradient as distilling the mean reward
+    each = torch.stack([losses.edpo_loss(zw, zl, ref_w, ref_l, c[None], r[None]) for c, r in zip(chosen, rejected)])
+    torch.testing.assert_close(ensemble, each.sum(0) / 3)
+    torch.testing.assert_close(losses.edpo_loss(zw, zl, ref_w, ref_l, chosen, rejected, ensemble="min"), each.min(0).values)
+    torch.testing.assert_close(losses.edpo_loss(zw, zl, ref_w, ref_l, chosen[:1], rejected[:1], ensemble="min"), each[0])
+    beta_log_ratio = 0.1 * ((zw - zl) - (ref_w - ref_l))
+    torch.testing.assert_close(each[1], (chosen[1] - rejected[1] - beta_log_ratio) ** 2)
+    with pytest.raises(ValueError, match="median"):
+        losses.edpo_loss(zw, zl, ref_w, ref_l, chosen, rejected, ensemble="median")
+
+
+def test_oracle_without_alpha_reads_no_logps():
+    nan = torch.full((2,), float("nan"))
+    assert losses.oracle_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0]), nan, alpha=0).isfinite().all()
+
+
+def readout_batch():
+    """Two rows: prompt of 3 + responses of 2 and 4, prompt of 2 + responses of 1 and 2 and padding."""
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 0, 1, 2, 2, -1, -1, -1, -1]])
+    previous = torch.tensor([[0, 0, 1, 2, 3, 2, 5, 6, 7], [0, 0, 1, 1, 3, 4, 5, 6, 7]])
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(2, 9, 6, generator=generator, dtype=torch.float64)
+    input_ids = torch.randint(11, (2, 9), generator=generator)
+    lm_head = torch.nn.Linear(6, 11, bias=False).double()
+    return hidden, lm_head, input_ids, segments, previous
+
+
+@pytest.mark.parametrize("max_logits", [2**28, 33, 1])
+def test_response_logps_against_a_loop_and_in_chunks(max_logits):
+    hidden, lm_head, input_ids, segments, previous = readout_batch()
+    hidden.requires_grad_()
+    logps = losses.response_logps(hidden, lm_head, input_ids, segments, previous, max_logits=max_logits)
+    expected = torch.zeros(2, 2, dtype=torch.float64)
+    for b, t in itertools.product(range(2), range(9)):
+        if segments[b, t] > 0:
+            probabilities = lm_head(hidden[b, previous[b, t]]).softmax(-1)
+            expected[b, segments[b, t] - 1] += probabilities[input_ids[b, t]].log()
+    torch.testing.assert_close(logps, expected, rtol=1e-12, atol=0)
+    weights = torch.tensor([[1.0, -2.0], [0.5, 3.0]]).double()
+    torch.testing.assert_close(torch.autograd.grad((logps * weights).sum(), [hidden, lm_head.weight]),
+                               torch.autograd.grad((expected * weights).sum(), [hidden, lm_head.weight]), rtol=1e-10, atol=1e-12)
+
+
+def test_last_token_rewards():
+    hidden, *_ = readout_batch()
+    weight = torch.arange(6.0).double()[None]
+    rewards = losses.last_token_rewards(hidden, weight, torch.tensor([[4, 8], [2, 4]]))
+    expected = [[sum(i * hidden[b, t, i].item() for i in range(6)) for t in ts] for b, ts in ((0, (4, 8)), (1, (2, 4)))]
+    torch.testing.assert_close(rewards, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_fp32(dtype):
+    """500 tokens of log-prob about -4: summed in bf16 the result would be off by tens."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(1, 501, 8, generator=generator).to(dtype)
+    lm_head = torch.nn.Linear(8, 50, bias=False).to(dtype)
+    input_ids = torch.randint(50, (1, 501), generator=generator)
+    segments = torch.tensor([[0] + [1] * 500])
+    previous = torch.arange(-1, 500).clamp(min=0)[None]
+    logps = losses.response_logps(hidden, lm_head, input_ids, segments, previous, num_responses=1)
+    logits = lm_head(hidden[0, :-1]).double()
+    expected = logits.log_softmax(-1).gather(-1, input_ids[0, 1:, None]).sum()
+    assert logps.dtype == torch.float32 and logps.item() == pytest.approx(expected.item(), rel=1e-5)
