@@ -1,0 +1,41 @@
+"""What stands in several scripts on purpose is identical to the letter, and no stage imports another."""
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+STAGES = ["splits", "sft", "oracle", "precompute_rewards", "align", "generate", "evaluate"]
+ITS_OWN = {"main", "parse_args", "loss_and_metrics"}  # and load_model, load_split, collate where a stage reads something else
+VARIANTS = {"load_model": {"generate"}, "load_split": {"sft"}, "collate": {"sft"}}
+
+
+def definitions(stage):
+    source = (ROOT / f"{stage}.py").read_text()
+    return {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def test_copies_are_identical():
+    copies = defaultdict(dict)
+    for stage in STAGES:
+        for name, text in definitions(stage).items():
+            if name not in ITS_OWN and stage not in VARIANTS.get(name, ()):
+                copies[name][stage] = text
+    shared = {name: texts for name, texts in copies.items() if len(texts) > 1}
+    assert {"fail", "read_jsonl", "encode_prompt", "pair_mask", "PairModel", "collate"} <= shared.keys()
+    different = {name: list(texts) for name, texts in shared.items() if len(set(texts.values())) > 1}
+    assert not different
+
+
+def test_stages_share_losses_alone():
+    for stage in STAGES:
+        for node in ast.walk(ast.parse((ROOT / f"{stage}.py").read_text())):
+            modules = [name.name for name in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not set(modules) & set(STAGES), f"{stage}.py imports {modules}"
+
+
+def test_losses_needs_torch_alone():
+    imports = {(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+               for node in ast.walk(ast.parse((ROOT / "losses.py").read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))}
+    assert imports == {"torch"}

@@ -1,0 +1,217 @@
+"""The stages as programs, on a tiny random model and toy pairs: they learn, resume, split over processes, and each
+reads what the one before it wrote."""
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import toy
+
+TRAINING = ["--batch_size", 16, "--micro_batch_size", 4, "--warmup_steps", 2, "--log_steps", 1]
+
+
+def read_log(folder, key="loss"):
+    lines = [json.loads(line) for line in open(folder / "log.jsonl")]
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """A folder with a base LM, pairs, and what sft.py, oracle.py (one, and a reward model) and precompute_rewards.py made of them."""
+    lab = tmp_path_factory.mktemp("lab")
+    tokenizer = toy.make_tokenizer()
+    tokenizer.save_pretrained(lab / "base")
+    toy.make_model(tokenizer, seed=0, steps=0).save_pretrained(lab / "base")
+    toy.write_jsonl(str(lab / "train.jsonl"), toy.make_pairs(48, 1))
+    toy.write_jsonl(str(lab / "validation.jsonl"), toy.make_pairs(20, 2))
+    data = ["--data", lab / "train.jsonl", "--eval_data", lab / "validation.jsonl", *TRAINING]
+    run("sft.py", "--model", lab / "base", *data, "--out", lab / "sft", "--max_steps", 20, "--learning_rate", 3e-3)
+    oracle = ["oracle.py", "--model", lab / "sft", *data, "--max_steps", 10, "--learning_rate", 2e-3]
+    run(*oracle, "--out", lab / "oracle")
+    run(*oracle, "--out", lab / "reward_model", "--alpha", 0, "--seed", 1)
+    run("precompute_rewards.py", "--oracle", lab / "oracle", lab / "reward_model", "--data", lab / "train.jsonl",
+        "--out", lab / "ensemble.pt", "--max_length", 85)
+    run("precompute_rewards.py", "--oracle", lab / "oracle", "--data", lab / "train.jsonl", "--out", lab / "rewards.pt")
+    return lab
+
+
+def align_flags(lab, loss, rewards="rewards.pt"):
+    return ["align.py", "--loss", loss, "--model", lab / "sft", "--data", lab / "train.jsonl", "--eval_data",
+            lab / "validation.jsonl", "--oracle_rewards", lab / rewards, *TRAINING, "--learning_rate", 1e-3]
+
+
+def test_sft_lowers_the_nll_of_responses_and_agrees_with_the_model_it_wrote(lab):
+    losses = read_log(lab / "sft")
+    assert losses[-1] < losses[0] - 1.0
+    tokenizer, model = AutoTokenizer.from_pretrained(lab / "sft"), AutoModelForCausalLM.from_pretrained(lab / "sft")
+    total = tokens = 0
+    for row in map(json.loads, open(lab / "validation.jsonl")):
+        prompt = [tokenizer.bos_token_id] + tokenizer(row["prompt"], add_special_tokens=False).input_ids
+        response = tokenizer(row["chosen"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        total += model(torch.tensor([prompt + response]), labels=labels).loss.item() * len(response)  # HF's own mean NLL
+        tokens += len(response)
+    assert read_log(lab / "sft", "eval_loss")[-1] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_an_oracle_loads_in_both_classes_with_equal_rewards(lab):
+    """HF's own classifier, on right-padded text, gives the rewards that precompute_rewards.py wrote; so does the LM's
+    last hidden state times score.weight."""
+    folder, tokenizer = lab / "oracle", AutoTokenizer.from_pretrained(lab / "oracle")
+    classifier, lm = AutoModelForSequenceClassification.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    score = load_file(folder / "model.safetensors")["score.weight"]
+    config = json.load(open(folder / "config.json"))
+    assert score.shape == (1, config["hidden_size"]) and classifier.config.num_labels == 1
+    assert config["pad_token_id"] not in (None, tokenizer.eos_token_id)
+    rewards = torch.load(lab / "rewards.pt", weights_only=True)
+    rows = [json.loads(line) for line in open(lab / "train.jsonl")][:8]
+    for key in ("chosen", "rejected"):
+        texts = [tokenizer.bos_token + row["prompt"] + row[key] + tokenizer.eos_token for row in rows]
+        batch = tokenizer(texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
+        batch.pop("token_type_ids", None)
+        logits = classifier(**batch).logits[:, 0].detach()
+        torch.testing.assert_close(logits, rewards[key][0, :8], rtol=1e-5, atol=1e-5)
+        hidden = lm(**batch, output_hidden_states=True).hidden_states[-1]
+        last = hidden[torch.arange(8), batch["attention_mask"].sum(1) - 1]
+        torch.testing.assert_close((last @ score.T)[:, 0].detach(), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_rewards_file_is_what_the_design_says(lab):
+    rewards = torch.load(lab / "ensemble.pt", weights_only=True)
+    assert rewards["chosen"].shape == rewards["rejected"].shape == (2, 48) and rewards["chosen"].dtype == torch.float32
+    assert rewards["data_sha256"] == hashlib.sha256((lab / "train.jsonl").read_bytes()).hexdigest()
+    assert rewards["oracles"] == [str(lab / "oracle"), str(lab / "reward_model")]
+    tokenizer = AutoTokenizer.from_pretrained(lab / "oracle")
+    for key in ("chosen", "rejected"):
+        long = [len(tokenizer(row["prompt"] + row[key]).input_ids) + 2 > 85 for row in map(json.loads, open(lab / "train.jsonl"))]
+        assert any(long) and rewards[key].isnan().all(0).tolist() == long  # BOS and EOS counted
+    whole = torch.load(lab / "rewards.pt", weights_only=True)["chosen"][0]
+    kept = ~rewards["chosen"][0].isnan()
+    torch.testing.assert_close(rewards["chosen"][0, kept], whole[kept], rtol=1e-5, atol=1e-6)
+
+
+def test_reward_models_of_other_seeds_differ_in_their_heads(lab):
+    """After the same ten steps from one SFT policy the bodies are close, the heads unrelated."""
+    a, b = (load_file(lab / name / "model.safetensors")["score.weight"][0] for name in ("oracle", "reward_model"))
+    assert abs(torch.nn.functional.cosine_similarity(a, b, dim=0)) < 0.6
+    assert "logps/chosen" not in json.loads((lab / "reward_model" / "log.jsonl").read_text().splitlines()[0])
+
+
+def test_drdo_distils_the_oracle(lab, tmp_path):
+    """alpha 0 leaves the first term: the head's reward differences become the Oracle's, on the pairs trained on."""
+    run(*align_flags(lab, "drdo"), "--alpha", 0, "--max_steps", 60, "--out", tmp_path)
+    distillation = read_log(tmp_path, "loss/distillation")
+    assert sum(distillation[-6:]) < 0.2 * sum(distillation[:6])
+    run("precompute_rewards.py", "--oracle", tmp_path, "--data", lab / "train.jsonl", "--out", tmp_path / "student.pt")
+    student, oracle = (torch.load(path, weights_only=True) for path in (tmp_path / "student.pt", lab / "rewards.pt"))
+    margins = [(r["chosen"] - r["rejected"])[0] for r in (student, oracle)]
+    assert torch.corrcoef(torch.stack(margins))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("loss, flags", [("dpo", []), ("drdo", ["--student_rewards", "logps", "--alpha", 1])])
+def test_the_policy_learns_its_pairs(lab, tmp_path, loss, flags):
+    run(*align_flags(lab, loss), *flags, "--max_steps", 40, "--out", tmp_path)
+    assert read_log(tmp_path)[-1] < read_log(tmp_path)[0]
+    if loss == "dpo":
+        assert read_log(tmp_path)[0] == pytest.approx(0.6931472, rel=1e-5)  # the reference is the policy before its first step
+        assert read_log(tmp_path, "rewards/accuracies")[-1] > 0.9
+    else:
+        assert "score.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("script", ["sft.py", "oracle.py", "drdo", "edpo"])
+def test_one_process_and_two_give_the_same_losses(lab, tmp_path, script):
+    if script.endswith(".py"):
+        flags = [script, "--model", lab / "sft", "--data", lab / "train.jsonl", "--eval_data", lab / "validation.jsonl",
+                 *TRAINING, "--learning_rate", 1e-3]
+    else:
+        flags = align_flags(lab, script, "ensemble.pt" if script == "edpo" else "rewards.pt")
+    run(*flags, "--max_steps", 10, "--out", tmp_path / "one")
+    run(*flags, "--max_steps", 10, "--out", tmp_path / "two", processes=2)
+    for key in ("loss", "grad_norm"):
+        one, two = read_log(tmp_path / "one", key), read_log(tmp_path / "two", key)
+        assert len(one) == 10 and two == pytest.approx(one, rel=1e-4)
+
+
+def test_resuming_is_bitwise_the_run_that_was_not_interrupted(lab, tmp_path):
+    flags = [*align_flags(lab, "dpo"), "--max_steps", 7, "--save_steps", 4]
+    run(*flags, "--out", tmp_path)
+    weights, log = load_file(tmp_path / "model.safetensors"), read_log(tmp_path)
+    os.remove(tmp_path / "model.safetensors")
+    run(*flags, "--out", tmp_path, "--resume")
+    assert read_log(tmp_path) == log
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    error = run(*flags, "--out", tmp_path, "--resume", "--beta", 0.5, expect=2)
+    assert "--beta was 0.1 and is now 0.5" in error
+
+
+def test_scores_and_generations_do_not_depend_on_the_number_of_processes(lab, tmp_path):
+    generate = ["generate.py", "--model", lab / "sft", "--prompts", lab / "validation.jsonl", "--temperature", 0, 0.9,
+                "--max_new_tokens", 12, "--micro_batch_size", 5]
+    run(*generate, "--out", tmp_path / "one.jsonl")
+    run(*generate, "--out", tmp_path / "two.jsonl", processes=2)
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+    score = ["precompute_rewards.py", "--oracle", lab / "oracle", "--data", tmp_path / "one.jsonl"]
+    run(*score, "--out", tmp_path / "one.pt")
+    run(*score, "--out", tmp_path / "two.pt", "--micro_batch_size", 3, processes=2)
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    torch.testing.assert_close(one["response"], two["response"], rtol=1e-5, atol=1e-6)
+
+    prompts = list(dict.fromkeys(json.loads(line)["prompt"] for line in open(lab / "validation.jsonl")))
+    rows = [json.loads(line) for line in open(tmp_path / "one.jsonl")]
+    assert [(row["prompt"], row["temperature"]) for row in rows] == [(prompt, t) for prompt in prompts for t in (0, 0.9)]
+    assert all(row["tokens"] <= 12 and (row["eos"] or row["tokens"] == 12) and "chosen" not in row for row in rows)
+    tokenizer, model = AutoTokenizer.from_pretrained(lab / "sft"), AutoModelForCausalLM.from_pretrained(lab / "sft")
+    for row in rows[:6:2]:  # temperature 0 is the argmax at each step, one prompt at a time
+        ids = [tokenizer.bos_token_id] + tokenizer(row["prompt"], add_special_tokens=False).input_ids
+        for _ in range(row["tokens"] + row["eos"]):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        response = ids[len(ids) - row["tokens"] - row["eos"]:]
+        assert tokenizer.decode(response, skip_special_tokens=True) == row["response"]
+        assert (response[-1] == tokenizer.eos_token_id) == row["eos"]
+
+
+BAD = {  # what is wrong -> (the row written as line 3, the flags, what the one line must say)
+    "a missing file": (None, ["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
+    "no JSON": ('{"prompt": "a"', [], ["bad.jsonl, line 3", "not JSON"]),
+    "no chosen": ('{"prompt": "a", "rejected": "b"}', [], ["bad.jsonl, line 3", "`chosen`"]),
+    "every pair too long": ("", ["--max_length", "5"], ["--max_length 5"]),
+    "rewards of other data": ("", ["--loss", "drdo"], ["rewards.pt", "sha256"]),
+    "no rewards": ("", ["--loss", "edpo", "--oracle_rewards", ""], ["--loss edpo", "--oracle_rewards"]),
+    "no model": ("", ["--model", "nowhere"], ["nowhere", "tokenizer"]),
+    "no batch": ("", ["--batch_size", "7", "--micro_batch_size", "2"], ["--batch_size 7"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_line_and_status_2(lab, tmp_path, case):
+    line, flags, said = BAD[case]
+    rows = (lab / "train.jsonl").read_text().splitlines()[:20]
+    if line:
+        rows[2] = line
+    (tmp_path / "bad.jsonl").write_text("\n".join(rows) + "\n")
+    error = run("align.py", "--loss", "dpo", "--model", lab / "sft", "--data", tmp_path / "bad.jsonl", "--eval_data", "",
+                "--oracle_rewards", lab / "rewards.pt", "--out", tmp_path / "out", *flags, expect=2)
+    lines = [text for text in error.splitlines() if text.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in error
+    assert all(words in lines[0] for words in said)
+    if case == "rewards of other data":
+        assert hashlib.sha256((tmp_path / "bad.jsonl").read_bytes()).hexdigest() in lines[0]
+        assert hashlib.sha256((lab / "train.jsonl").read_bytes()).hexdigest() in lines[0]
+
+
+def test_the_launcher_passes_the_exit_status_on(tmp_path):
+    error = run("precompute_rewards.py", "--data", tmp_path / "nowhere.jsonl", processes=2, expect=2)
+    assert error.count("error: ") == 1 and "Traceback" not in error
+
+
+def test_a_model_without_a_head_is_no_oracle(lab, tmp_path):
+    error = run("precompute_rewards.py", "--oracle", lab / "sft", "--data", lab / "train.jsonl", "--out", tmp_path / "r.pt", expect=2)
+    assert "score.weight" in error and not (tmp_path / "r.pt").exists()

@@ -1,0 +1,352 @@
+"""splits.py as a program on small raw files of each schema, its output checked by other computations."""
+import gzip
+import hashlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+SPLITS = os.path.join(os.path.dirname(__file__), os.pardir, "splits.py")
+SETS = [f"{name}/{split}" for name in ("all", "hc_he", "lc_le") for split in ("train", "validation")]
+WORDS = "ash bay cob dew elm fen gum hay ivy jet kit log moss nut oak pea".split()
+
+
+def run(folder, *flags, status=0):
+    """Runs splits.py in `folder`; bad input must give one line on stderr and nothing else."""
+    done = subprocess.run([sys.executable, SPLITS, *map(str, flags)], cwd=folder, capture_output=True,
+                          text=True, env=dict(os.environ, HF_HUB_OFFLINE="1"))
+    assert done.returncode == status, done.stderr
+    if status:
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert not any(names for _, _, names in os.walk(folder / "data"))
+    return done.stderr if status else done.stdout
+
+
+def write(path, rows):
+    """Writes raw rows in the format that the path's ending names."""
+    if path.name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.name.endswith(".json"):
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    else:
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def read(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def read_sets(data):
+    return {name: read(data / f"{name}.jsonl") for name in SETS}
+
+
+def distance(left, right):
+    """Levenshtein's distance of two token lists by the textbook table, over the longer length."""
+    above = list(range(len(right) + 1))
+    for i, a in enumerate(left, 1):
+        row = [i]
+        for j, b in enumerate(right, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (a != b)))
+        above = row
+    return above[-1] / max(len(left), len(right))
+
+
+def comparison(number, confidence, split="train", **info):
+    """A raw row of OpenAI's comparisons about post `number`, with random summaries."""
+    rng = random.Random(f"{number} {confidence} {split}")
+    first = rng.choices(WORDS, k=rng.randint(6, 12))
+    changes = 0.1 * rng.randint(1, 9)
+    second = [rng.choice(WORDS) if rng.random() < changes else word for word in first] + ["end"]
+    post = {"id": f"t3_{split}{number}", "post": f"Post {number} of {split}.\nMore.", "subreddit": "gardens",
+            "title": f"Title {number}", "site": None, "article": None}
+    summaries = [{"text": " " + " ".join(words), "policy": "ref", "note": None} for words in (first, second)]
+    return {"info": post | info, "summaries": summaries, "choice": rng.randint(0, 1), "worker": "w",
+            "batch": "batch3", "split": split, "extra": {"confidence": confidence}}
+
+
+def pairs(count, prompts):
+    """Canonical pairs about `prompts` prompts, with a key of the user's own."""
+    rng = random.Random(count)
+    return [{"prompt": f"Ask {rng.randrange(prompts)}?", "chosen": f"{' '.join(rng.choices(WORDS, k=6))} {i}",
+             "rejected": " ".join(rng.choices(WORDS, k=6)), "confidence": rng.randint(1, 9),
+             "mine": {"row": i}} for i in range(count)]
+
+
+def test_openai_comparisons(tmp_path):
+    rng = random.Random(0)
+    raw = [comparison(rng.randrange(120), rng.choice([None, 1, 2, 3, 4, 5, 6, 7, 8, 9])) for _ in range(500)]
+    raw += [comparison(number, 5, f"valid{1 + number % 2}") for number in range(10)]
+    raw += [comparison(900, 7, "valid1", post=None, title=None, subreddit=None, article="Some news.\n"),
+            comparison(901, 7, title=None), comparison(902, 6, post=None),
+            comparison(3, 4, post="Post 3 of valid2.\nMore.")]  # its prompt is one of validation's
+    empty, twins = comparison(903, 6), comparison(904, 6)
+    empty["summaries"][0]["text"] = " \n"
+    twins["summaries"][0]["text"] = twins["summaries"][1]["text"].strip()
+    raw += [empty, twins]
+    stdout = run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl.gz", raw))
+    data = read_sets(tmp_path / "data")
+
+    # every row that stays, found again by its own parse of the raw file
+    expected = {}
+    for row in raw:
+        info, confidence = row["info"], row["extra"]["confidence"]
+        if confidence is None or row in (empty, twins) or info["id"] == "t3_train902":
+            continue
+        prompt = "Article: Some news.\n\nTL;DR:"
+        if info["post"]:
+            prompt = f"SUBREDDIT: r/gardens\n\nTITLE: {info['title'] or ''}\n\nPOST: {info['post']}\n\nTL;DR:"
+        good, bad = row["summaries"][row["choice"]]["text"], row["summaries"][1 - row["choice"]]["text"]
+        expected[prompt, good, bad, confidence] = row["split"]
+    found = {name: {(row["prompt"], row["chosen"], row["rejected"], row["confidence"]) for row in data[name]}
+             for name in SETS}
+    assert found["all/validation"] == {pair for pair, split in expected.items() if split != "train"}
+    assert found["all/train"] < {pair for pair, split in expected.items() if split == "train"}
+    missing = sum(row["extra"]["confidence"] is None for row in raw)
+    assert f"without a confidence, left out of every split: {missing} train and 0 validation rows" in stdout
+    for why in "without post and article", "with an empty `", "with identical responses", "dropped as":
+        assert f"1 {why}" in stdout
+
+    # distances, medians and the strict sides of them
+    for name in SETS:
+        for row in data[name]:
+            edits = distance(row["chosen"].split(), row["rejected"].split())
+            assert row["edit_distance"] == pytest.approx(edits, abs=5.1e-5)
+            assert row["chosen"][0] == " " and row["chosen"][1] != " " and row["rejected"][0] == " "
+    train = data["all/train"]
+    confidence = statistics.median(row["confidence"] for row in train)
+    edits = statistics.median(row["edit_distance"] for row in train)
+    above = [row for row in train if row["confidence"] > confidence and row["edit_distance"] > edits]
+    below = [row for row in train if row["confidence"] < confidence and row["edit_distance"] < edits]
+    assert len(above) > 20 and data["hc_he/train"] == above
+    assert len(below) > 20 and data["lc_le/train"] == below
+    for row in data["hc_he/validation"]:
+        assert row["confidence"] > confidence and row["edit_distance"] > edits
+    for row in data["lc_le/validation"]:
+        assert row["confidence"] < confidence and row["edit_distance"] < edits
+
+    # no prompt is on both sides, in any two of the sets
+    prompts = {name: {row["prompt"] for row in data[name]} for name in SETS}
+    seen = prompts["all/train"] | prompts["hc_he/train"] | prompts["lc_le/train"]
+    for name in ("all/validation", "hc_he/validation", "lc_le/validation"):
+        assert prompts[name] and not prompts[name] & seen, name
+    assert prompts["hc_he/train"] <= prompts["all/train"]
+
+    # Table 5, from the files
+    for name in ("all", "hc_he", "lc_le"):
+        rows = data[f"{name}/train"]
+        confidence = statistics.fmean(row["confidence"] for row in rows)
+        edits = statistics.fmean(row["edit_distance"] for row in rows)
+        held = len(data[f"{name}/validation"])
+        assert f"| {name} | {confidence:.2f} | {edits:.2f} | {len(rows)} | {held} |" in stdout
+
+
+def test_pairs_keep_their_keys_and_are_split_by_prompt(tmp_path):
+    raw = pairs(2000, prompts=400)
+    run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw), "--seed", 7)
+    data = read_sets(tmp_path / "data")
+    rows = data["all/train"] + data["all/validation"]
+    for row in rows:
+        source = raw[row["mine"]["row"]]
+        assert row == source | {"chosen": " " + source["chosen"], "rejected": " " + source["rejected"],
+                                "edit_distance": row["edit_distance"]}
+    order = [row["mine"]["row"] for row in rows]
+    assert sorted(order) == list(range(2000)) and order[:50] != sorted(order[:50])
+
+    def place(prompt):  # where the docstring says a prompt stands in [0, 1)
+        return int(hashlib.sha256(f"7 {prompt}".encode()).hexdigest()[:16], 16) / 16**16
+    held = {f"Ask {i}?" for i in range(400) if place(f"Ask {i}?") < 0.1}
+    assert {row["prompt"] for row in data["all/validation"]} == held & {row["prompt"] for row in raw}
+    assert 0.06 < len(data["all/validation"]) / 2000 < 0.14
+    for name in ("hc_he", "lc_le"):
+        for split in ("train", "validation"):
+            whole = data[f"all/{split}"]
+            assert data[f"{name}/{split}"] and all(row in whole for row in data[f"{name}/{split}"])
+
+
+def test_formats_and_runs_agree_and_seeds_differ(tmp_path):
+    raw = pairs(300, prompts=60)
+    texts = {}
+    for number, ending in enumerate(["jsonl", "jsonl.gz", "json", "parquet", "jsonl"]):
+        out = tmp_path / str(number)
+        run(tmp_path, "--dataset", write(tmp_path / f"raw.{ending}", raw), "--out", out)
+        texts[number] = [(out / f"{name}.jsonl").read_bytes() for name in SETS]
+    assert all(text == texts[0] for text in texts.values())
+    write(tmp_path / "half1.jsonl", raw[:99]), write(tmp_path / "half2.parquet", raw[99:])
+    run(tmp_path, "--dataset", "half1.jsonl", "half2.parquet", "--out", "halves")
+    assert [(tmp_path / f"halves/{name}.jsonl").read_bytes() for name in SETS] == texts[0]
+    run(tmp_path, "--dataset", "raw.jsonl", "--out", "seed1", "--seed", 1)
+    zero, one = [{row["prompt"] for row in read(tmp_path / seed / "all/validation.jsonl")}
+                 for seed in ("0", "seed1")]
+    assert zero != one
+
+
+def test_ultrafeedback_of_argilla_and_of_trl(tmp_path):
+    def talk(question, answer):
+        return [{"content": question, "role": "user"}, {"content": answer, "role": "assistant"}]
+
+    argilla = [{"source": "made", "prompt": f"Ask {i}?",
+                "chosen": talk(f"Ask {i}?", f" Good {i}.\n"), "chosen-rating": 4.5, "chosen-model": "m",
+                "rejected": talk(f"Ask {i}?", f"Bad {i} x."), "rejected-rating": 4.5 - i / 8,
+                "rejected-model": "n"} for i in range(24)]
+    trl = [{"chosen": row["chosen"], "rejected": row["rejected"], "score_chosen": row["chosen-rating"],
+            "score_rejected": row["rejected-rating"]} for row in argilla]
+    unlike = dict(trl[0], rejected=talk("Something else?", "Bad."))
+    write(tmp_path / "argilla.parquet", argilla), write(tmp_path / "trl.jsonl", trl + [unlike])
+    run(tmp_path, "--dataset", "argilla.parquet", "--out", "a")
+    stdout = run(tmp_path, "--dataset", "trl.jsonl", "--out", "b")
+    assert "24 train rows; dropped: 1 with two different prompts" in stdout
+    rows = read(tmp_path / "a/all/train.jsonl") + read(tmp_path / "a/all/validation.jsonl")
+    assert rows == read(tmp_path / "b/all/train.jsonl") + read(tmp_path / "b/all/validation.jsonl")
+    expected = [{"prompt": [{"role": "user", "content": f"Ask {i}?"}], "chosen": f"Good {i}.",
+                 "rejected": f"Bad {i} x.", "confidence": i / 8, "edit_distance": 1.0} for i in range(24)]
+    assert sorted(rows, key=lambda row: row["confidence"]) == expected
+
+
+def test_hh_transcripts(tmp_path):
+    head = "\n\nHuman: Hello\n\nthere?\n\nAssistant: Hi.\n\nHuman: Tea {}?\n\nAssistant:"
+    raw = [{"chosen": head.format(i) + " Yes,\n\nplease.", "rejected": head.format(i) + f" No {i}."}
+           for i in range(20)]
+    raw += [{"chosen": head.format(1) + " Yes.", "rejected": head.format(2) + " No."},
+            {"chosen": head.format(3) + " ", "rejected": head.format(3) + " No."},
+            {"chosen": "no transcript", "rejected": "at all"}]
+    stdout = run(tmp_path, "--dataset", write(tmp_path / "hh.jsonl", raw))
+    for why in "with two different prompts", "with an empty `chosen`", "without an assistant's last turn":
+        assert f"1 {why}" in stdout
+    rows = read(tmp_path / "data/all/train.jsonl") + read(tmp_path / "data/all/validation.jsonl")
+    assert len(rows) == 20
+    for row in rows:
+        number = row["rejected"].removeprefix("No ").removesuffix(".")
+        assert [(turn["role"], turn["content"]) for turn in row["prompt"]] == [
+            ("user", "Hello\n\nthere?"), ("assistant", "Hi."), ("user", f"Tea {number}?")]
+        assert row["chosen"] == "Yes,\n\nplease." and "confidence" not in row
+    assert not (tmp_path / "data/hc_he").exists() and "no confidences" in stdout
+
+
+def test_sft_sets_share_prompts_and_held_out_prompts_with_the_pairs(tmp_path):
+    write(tmp_path / "pairs.jsonl", [comparison(i, 1 + i % 9) for i in range(200)])
+    prompt = "SUBREDDIT: r/gardens\nTITLE: Title {0}\nPOST: Post {0} of train.\nMore.\nTL;DR:"
+    write(tmp_path / "sft.parquet", [{"prompt": prompt.format(i), "label": f"label {i}"} for i in range(200)])
+    run(tmp_path, "--dataset", "pairs.jsonl")
+    run(tmp_path, "--dataset", "sft.parquet")  # a call of its own
+    for split in ("train", "validation"):
+        pair_prompts = {row["prompt"] for row in read(tmp_path / f"data/all/{split}.jsonl")}
+        sft = read(tmp_path / f"data/sft/{split}.jsonl")
+        assert {row["prompt"] for row in sft} == pair_prompts
+        for row in sft:
+            number = row["prompt"].split("TITLE: Title ")[1].split("\n")[0]
+            assert row == {"prompt": row["prompt"], "chosen": f" label {number}"}
+    write(tmp_path / "answers.jsonl", [{"prompt": f"Q{i}", "response": "R", "who": i} for i in range(9)])
+    run(tmp_path, "--dataset", "answers.jsonl", "--validation_fraction", 0, "--out", "none")
+    rows = read(tmp_path / "none/sft/train.jsonl")
+    rows.sort(key=lambda row: row["who"])
+    assert rows == [{"prompt": f"Q{i}", "chosen": " R", "who": i} for i in range(9)]
+    assert not (tmp_path / "none/sft/validation.jsonl").exists()
+
+
+def test_the_space_before_a_response(tmp_path):
+    turns = [{"role": "user", "content": "Talk"}]
+    raw = [{"prompt": prompt, "chosen": "\n yes\n", "rejected": "no ", "reference": "  r"}
+           for prompt in ("Text:", "Text: ", "Text\n", turns)]
+    run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw), "--validation_fraction", 0)
+    rows = {json.dumps(row["prompt"]): row for row in read(tmp_path / "data/all/train.jsonl")}
+    for prompt, space in ("Text:", " "), ("Text: ", ""), ("Text\n", ""), (turns, ""):
+        row = rows[json.dumps(prompt)]
+        texts = [row["chosen"], row["rejected"], row["reference"]]
+        assert texts == [space + "yes", space + "no", space + "r"]
+
+
+def test_prompt_sets(tmp_path):
+    write(tmp_path / "news.jsonl.gz",
+          [{"article": f"News {i}.", "highlights": f"One {i} .\nTwo .", "id": f"a{i}"} for i in range(50)])
+    write(tmp_path / "alpaca.json",
+          [{"instruction": f"Do {i}", "output": f"Done {i}", "dataset": "d"} for i in range(30)] * 2)
+    write(tmp_path / "plain.parquet", [{"prompt": f"Plain {i}"} for i in range(5)])
+    write(tmp_path / "pairs.jsonl", [dict(row, id=i) for i, row in enumerate(pairs(20, prompts=6))])
+    flags = ["--prompts", "news.jsonl.gz", "alpaca.json", "plain.parquet", "pairs.jsonl"]
+    run(tmp_path, *flags, "--num_prompts", 20)
+    news, alpaca, plain, paired = [read(tmp_path / f"data/prompts/{name}.jsonl")
+                                   for name in ("news", "alpaca", "plain", "pairs")]
+    assert len(news) == len({row["prompt"] for row in news}) == 20
+    for row in news:
+        number = row["id"][1:]
+        assert row == {"prompt": f"Article: News {number}.\n\nTL;DR:", "reference": f" One {number} . Two .",
+                       "dataset": "news", "id": f"a{number}"}
+    order = [int(row["id"][1:]) for row in news]
+    assert order != sorted(order)
+    assert len({row["reference"] for row in alpaca}) == 20
+    for row in alpaca:
+        number = row["reference"].removeprefix("Done ")
+        assert row == {"prompt": [{"role": "user", "content": f"Do {number}"}], "reference": f"Done {number}",
+                       "dataset": "alpaca"}
+    assert sorted(row["prompt"] for row in plain) == [f"Plain {i}" for i in range(5)]
+    assert all(set(row) == {"prompt", "dataset"} for row in plain)
+    assert len(paired) == len({row["prompt"] for row in paired}) == 6
+    source = pairs(20, prompts=6)
+    for row in paired:
+        pair = source[row["id"]]
+        assert row["prompt"] == pair["prompt"] and row["reference"] == " " + pair["chosen"] and len(row) == 4
+    run(tmp_path, "--prompts", "news.jsonl.gz", "--num_prompts", 20, "--out", "again")  # alone: the same
+    assert read(tmp_path / "again/prompts/news.jsonl") == news
+    run(tmp_path, "--prompts", "news.jsonl.gz", "--num_prompts", 0, "--out", "whole")
+    assert len(read(tmp_path / "whole/prompts/news.jsonl")) == 50
+
+
+def test_a_set_without_sides_writes_no_sides(tmp_path):
+    run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", pairs(60, prompts=20)))
+    assert (tmp_path / "data/hc_he/train.jsonl").exists()
+    flat = [dict(row, confidence=5) for row in pairs(60, prompts=20)]
+    stdout = run(tmp_path, "--dataset", write(tmp_path / "flat.jsonl", flat))
+    assert "hc_he stays empty" in stdout and "| hc_he | - | - | 0 | 0 |" in stdout
+    assert (tmp_path / "data/all/train.jsonl").exists() and not (tmp_path / "data/hc_he/train.jsonl").exists()
+    two = [{"prompt": name, "chosen": "yes", "rejected": "no"} for name in "ab"]
+    run(tmp_path, "--dataset", write(tmp_path / "two.jsonl", two), "--out", "two")
+    for split in "train", "validation":
+        assert len(read(tmp_path / f"two/all/{split}.jsonl")) == 1
+
+
+PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+
+
+@pytest.mark.parametrize("content, flags, words", [
+    (None, "--dataset absent.jsonl", "absent.jsonl|neither a file nor a known set|Anthropic/hh-rlhf"),
+    (None, "--dataset someone/unknown", "someone/unknown|abisee/cnn_dailymail"),
+    (None, "--dataset trl-lib/ultrafeedback_binarized", "trl-lib/ultrafeedback_binarized|hub"),
+    (None, "--prompts tatsu-lab/alpaca_eval", "tatsu-lab/alpaca_eval|hub"),
+    (None, "", "--dataset|--prompts"),
+    ("", "--dataset x.jsonl", "x.jsonl|no rows"),
+    (PAIR + "\n{oops\n", "--dataset x.jsonl", "x.jsonl, line 2|not JSON"),
+    ('[{"prompt": ', "--prompts x.jsonl", "x.jsonl|not JSON"),
+    (PAIR + "\n7\n", "--dataset x.jsonl", "x.jsonl, line 2|object"),
+    (PAIR + '\n\n{"prompt": "a", "chosen": "b"}\n', "--dataset x.jsonl", "x.jsonl, row 3|'rejected'"),
+    (PAIR.replace('"c"', "3"), "--dataset x.jsonl", "x.jsonl, row 1|pairs"),
+    (PAIR[:-1] + ', "confidence": "high"}', "--dataset x.jsonl", "x.jsonl, row 1|confidence"),
+    ('{"question": "a", "answer": "b"}', "--dataset x.jsonl", "question answer|info summaries|highlights"),
+    ('{"prompt": "a"}', "--dataset x.jsonl", "x.jsonl|--prompts"),
+    (PAIR.replace('"c"', '" b"'), "--dataset x.jsonl", "x.jsonl|no row"),
+    ("PAR1 no parquet", "--dataset x.parquet", "x.parquet"),
+    ("no gzip", "--dataset x.jsonl.gz", "x.jsonl.gz"),
+    ('{"prompt": "a"}', "--prompts x.jsonl ./x.jsonl", "--prompts|x, x"),
+    ('{"prompt": "a"}', "--prompts x.jsonl --num_prompts -1", "--num_prompts -1"),
+    (PAIR, "--dataset x.jsonl --validation_fraction 1", "--validation_fraction 1"),
+    (PAIR, "--dataset x.jsonl --out x.jsonl", "--out x.jsonl"),
+])
+def test_bad_input_is_one_line(tmp_path, content, flags, words):
+    if content is not None:
+        (tmp_path / flags.split()[1]).write_text(content)
+    message = run(tmp_path, *flags.split(), status=2)
+    assert all(word in message for word in words.split("|")), message
+
+
+def test_preference_sets_of_two_schemas_do_not_mix(tmp_path):
+    write(tmp_path / "a.jsonl", pairs(9, prompts=9))
+    write(tmp_path / "b.jsonl", [comparison(i, 5) for i in range(9)])
+    assert "several schemas" in run(tmp_path, "--dataset", "a.jsonl", "b.jsonl", status=2)
