@@ -62,6 +62,14 @@ def fail(message):
     sys.exit(2)
 
 
+def make_folder(path):
+    """Makes the folder that a run writes to."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {path}: cannot make this folder ({error}); name another")
+
+
 def init_process():
     """Joins the processes that `deepspeed` started, or is the only one under `python`; returns (device, rank, world size)."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -158,6 +166,7 @@ def generate(model, prompts, temperature, top_p, max_new_tokens, pad_token_id, e
 def main():
     args = parse_args()
     device, rank, world_size = init_process()
+    make_folder(os.path.dirname(args.out) or ".")
     tokenizer = load_tokenizer(args.model)
     unique = {}
     for row in read_jsonl(args.prompts, "prompt"):

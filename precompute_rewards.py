@@ -54,6 +54,14 @@ def fail(message):
     sys.exit(2)
 
 
+def make_folder(path):
+    """Makes the folder that a run writes to."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {path}: cannot make this folder ({error}); name another")
+
+
 def init_process():
     """Joins the processes that `deepspeed` started, or is the only one under `python`; returns (device, rank, world size)."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -158,6 +166,7 @@ def score(model, texts, pad_token_id, micro_batch_size, device, description):
 def main():
     args = parse_args()
     device, rank, _ = init_process()
+    make_folder(os.path.dirname(args.out) or ".")
     rows = read_jsonl(args.data, "prompt")
     keys = ["response"] if "response" in rows[0] else ["chosen", "rejected"]
     rows = read_jsonl(args.data, "prompt", *keys)

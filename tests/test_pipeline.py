@@ -3,7 +3,7 @@ reads what the one before it wrote."""
 import hashlib
 import json
 import os
-import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -190,21 +190,26 @@ BAD = {  # what is wrong -> (the row written as line 3, the flags, what the one 
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_with_one_line_and_status_2(lab, tmp_path, case):
-    line, flags, said = BAD[case]
-    rows = (lab / "train.jsonl").read_text().splitlines()[:20]
-    if line:
-        rows[2] = line
-    (tmp_path / "bad.jsonl").write_text("\n".join(rows) + "\n")
-    error = run("align.py", "--loss", "dpo", "--model", lab / "sft", "--data", tmp_path / "bad.jsonl", "--eval_data", "",
-                "--oracle_rewards", lab / "rewards.pt", "--out", tmp_path / "out", *flags, expect=2)
-    lines = [text for text in error.splitlines() if text.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in error
-    assert all(words in lines[0] for words in said)
-    if case == "rewards of other data":
-        assert hashlib.sha256((tmp_path / "bad.jsonl").read_bytes()).hexdigest() in lines[0]
-        assert hashlib.sha256((lab / "train.jsonl").read_bytes()).hexdigest() in lines[0]
+def test_bad_input_ends_with_one_line_and_status_2(lab, tmp_path):
+    def end_of(case):
+        line, flags, _ = BAD[case]
+        folder = tmp_path / case.replace(" ", "_")
+        folder.mkdir()
+        rows = (lab / "train.jsonl").read_text().splitlines()[:20]
+        if line:
+            rows[2] = line
+        (folder / "bad.jsonl").write_text("\n".join(rows) + "\n")
+        return run("align.py", "--loss", "dpo", "--model", lab / "sft", "--data", folder / "bad.jsonl", "--eval_data", "",
+                   "--oracle_rewards", lab / "rewards.pt", "--out", folder / "out", *flags, expect=2)
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = dict(zip(BAD, pool.map(end_of, BAD)))
+    for case, error in errors.items():
+        lines = [text for text in error.splitlines() if text.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in error, case
+        assert all(words in lines[0] for words in BAD[case][2]), case
+    for path in (tmp_path / "rewards_of_other_data" / "bad.jsonl", lab / "train.jsonl"):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in errors["rewards of other data"]
 
 
 def test_the_launcher_passes_the_exit_status_on(tmp_path):
