@@ -1,7 +1,7 @@
 """
 The laboratory: a toy TL;DR task written by code, whose true reward is known, and a tiny LM that can do it.
 
-Why it exists: on real data only an Oracle (or a judge) says who won. Here every response has a true reward, so
+Why it exists: on real data only an Oracle or a judge says who won. Here every response has a true reward, so
 a result can be checked against the truth and not only against the Oracle that taught it.
 
 What is true: the author of a post tells five facts (job, city, thing lost, cause, feeling; 24 values each),
@@ -12,8 +12,8 @@ mixed with sentences about other people (distractors) and fillers. A summary is 
     - 0.1   for each word over 18
     - 0.25  for each pair of neighbouring words (by class) that no well-formed summary holds
     - 1     if it does not end by itself (no EOS)
-so a perfect one gets 5. Labels are drawn from Bradley-Terry at 1.5 times the difference in true reward; half the
-pairs are minimal edits, half are summaries of two independent writers. News articles (other sentence frames,
+so a perfect one gets 5. Labels are drawn from Bradley-Terry at 1.5 times the difference in true reward; half
+the pairs are minimal edits, half are summaries of two independent writers. News articles (other sentences,
 more distractors, twice as long) are the out-of-domain prompts.
 
     python tests/toy.py --out out/toy --seed 0                               # about 80 s on one core
@@ -37,16 +37,18 @@ import sys
 from functools import lru_cache
 
 VALUES = {
-    "job": "nurse teacher baker driver lawyer plumber farmer painter waiter doctor singer writer barber tailor "
-           "pilot sailor dancer chef clerk guard miner mechanic librarian carpenter",
-    "city": "paris london berlin madrid rome oslo vienna dublin prague lisbon athens warsaw boston chicago denver "
-            "dallas seattle miami tokyo delhi cairo lima sydney toronto",
-    "thing": "wallet phone key ring watch laptop camera passport bike guitar jacket bag umbrella ticket diary "
-             "helmet scarf hat necklace violin tent suitcase bracelet drone",
-    "cause": "storm fire flood thief crash blackout strike party wedding hangover argument prank leak delay "
-             "earthquake parade riot snowfall bug typo rumor bet scam heatwave",
-    "feeling": "sad angry lonely guilty anxious tired ashamed bitter confused hopeful calm happy jealous numb "
-               "proud scared shocked upset nervous relieved bored furious grateful worried",
+    "job": "nurse teacher baker driver lawyer plumber farmer painter waiter doctor singer writer "
+           "barber tailor pilot sailor dancer chef clerk guard miner mechanic librarian "
+           "carpenter",
+    "city": "paris london berlin madrid rome oslo vienna dublin prague lisbon athens warsaw "
+            "boston chicago denver dallas seattle miami tokyo delhi cairo lima sydney toronto",
+    "thing": "wallet phone key ring watch laptop camera passport bike guitar jacket bag umbrella "
+             "ticket diary helmet scarf hat necklace violin tent suitcase bracelet drone",
+    "cause": "storm fire flood thief crash blackout strike party wedding hangover argument prank "
+             "leak delay earthquake parade riot snowfall bug typo rumor bet scam heatwave",
+    "feeling": "sad angry lonely guilty anxious tired ashamed bitter confused hopeful calm happy "
+               "jealous numb proud scared shocked upset nervous relieved bored furious grateful "
+               "worried",
 }
 VALUES = {slot: words.split() for slot, words in VALUES.items()}
 SLOTS = list(VALUES)
@@ -56,8 +58,8 @@ SLOT_OF = {value: slot for slot, values in VALUES.items() for value in values}
 PEOPLE = "friend sister brother boss neighbor roommate cousin witness".split()
 POST = {
     "job": ["i work as a {} .", "i am a {} ."], "city": ["i live in {} .", "i moved to {} ."],
-    "thing": ["i lost my {} .", "my {} is gone ."], "cause": ["it was because of a {} .", "a {} is to blame ."],
-    "feeling": ["now i feel {} .", "i am so {} ."]}
+    "thing": ["i lost my {} .", "my {} is gone ."], "feeling": ["now i feel {} .", "i am so {} ."],
+    "cause": ["it was because of a {} .", "a {} is to blame ."]}
 POST_OTHER = {
     "job": ["my {who} works with the {} ."], "city": ["my {who} comes from {} ."],
     "thing": ["my {who} bought the {} ."], "cause": ["my {who} talks of the {} ."],
@@ -90,24 +92,26 @@ def phrases(facts):
         ["lost a {thing}", "lost the {thing}"] if "thing" in facts else ["lost something"],
         ["because of a {cause}", "due to a {cause}", "after a {cause}"] if "cause" in facts else [""],
         ["and now feels {feeling} about it", "and feels {feeling} about it", "and is now very {feeling}"]
-        if "feeling" in facts else [""]]
+        if "feeling" in facts else [""],
+    ]
     return [[phrase.format(**facts) for phrase in part] for part in parts]
 
 
 def bigrams(words):
-    """The pairs of neighbouring word classes (a value's is its slot, another word's is itself), ends included."""
+    """The pairs of neighbouring word classes (a value's is its slot, another word's itself), with ends."""
     classes = ["<start>", *(f"<{SLOT_OF[word]}>" if word in SLOT_OF else word for word in words), "<end>"]
     return list(zip(classes, classes[1:]))
 
 
-LEGAL = {pair for told in itertools.product([False, True], repeat=len(SLOTS))
-         for parts in itertools.product(*phrases({s: VALUES[s][0] for s, tell in zip(SLOTS, told) if tell}), TAILS)
+# The bigrams of all well-formed summaries.
+LEGAL = {pair for slots in itertools.product(*((slot, None) for slot in SLOTS))
+         for parts in itertools.product(*phrases({slot: VALUES[slot][0] for slot in slots if slot}), TAILS)
          for pair in bigrams(" ".join([*parts, "."]).split())}
 
 
 @lru_cache(maxsize=100_000)
 def author_facts(prompt):
-    """{slot: value} of the author of a prompt (post or article): the values in sentences that name nobody else."""
+    """{slot: value} of a prompt's author (post or article): the values in sentences that name nobody else."""
     facts = {}
     for sentence in prompt.split(" ."):
         words = sentence.split()
@@ -119,7 +123,7 @@ def author_facts(prompt):
 
 
 def true_reward(row):
-    """The true reward (at most 5) of row["response"] to row["prompt"]; row["eos"]: ended by itself (default)."""
+    """The true reward, at most 5, of a row's `response` to its `prompt`; `eos` False (default True): cut."""
     truth = author_facts(str(row["prompt"]))
     words = str(row["response"]).split()
     told = [word for word in words if word in SLOT_OF]
@@ -131,8 +135,8 @@ def true_reward(row):
 
 
 def make_document(rng, article=False, facts=5, others=None, fillers=None):
-    """A post or an article with `facts` facts: a dict of prompt, text, facts, others; posts: title, subreddit."""
-    own, other, filler = (ARTICLE, ARTICLE_OTHER, ARTICLE_FILLER) if article else (POST, POST_OTHER, POST_FILLER)
+    """A post or article of `facts` facts: {prompt, text, facts, others}, of a post title, subreddit too."""
+    own, other, filler = ((POST, POST_OTHER, POST_FILLER), (ARTICLE, ARTICLE_OTHER, ARTICLE_FILLER))[article]
     others = rng.randint(*((3, 5) if article else (1, 3))) if others is None else others
     fillers = rng.randint(*((1, 2) if article else (0, 1))) if fillers is None else fillers
     doc = {"facts": {slot: rng.choice(VALUES[slot]) for slot in rng.sample(SLOTS, facts)}, "others": []}
@@ -153,7 +157,7 @@ def make_document(rng, article=False, facts=5, others=None, fillers=None):
 
 
 def write(plan):
-    """The text of a plan: facts told, style (which phrases), tail; and slips: a part told again, a word left out."""
+    """The text of a plan: its facts, style (of phrases), tail; slips: a part told again, a word left out."""
     parts = [part[style % len(part)] for part, style in zip(phrases(plan["facts"]), plan["style"])]
     if plan["repeat"] is not None:
         parts.insert(plan["repeat"], parts[plan["repeat"]])
@@ -176,13 +180,13 @@ def wrong_value(doc, slot, rng):
 
 
 def writer_plan(doc, rng):
-    """The plan of a simulated writer: the more careless, the more facts are wrong or missing; rambles and slips."""
+    """The plan of a simulated writer: the more careless, the more is wrong or missing, the longer it runs."""
     plan, careless = gold_plan(doc, rng), rng.random()
     for slot in doc["facts"]:
         luck = rng.random()
         if luck < 0.2 * careless:
             plan["facts"][slot] = wrong_value(doc, slot, rng)
-        elif luck < 0.8 * careless:
+        elif luck < 0.9 * careless:
             del plan["facts"][slot]
     plan["tail"] = rng.choice([1, 2]) if rng.random() < 0.6 * careless else 0
     plan["repeat"] = rng.randrange(4) if rng.random() < 0.3 * careless else None
@@ -191,7 +195,7 @@ def writer_plan(doc, rng):
 
 
 def edit_plan(doc, plan, rng):
-    """The plan with one change: a paraphrase (mostly the same reward), or a fact mended, made wrong or left out."""
+    """The plan with one change: a paraphrase (equal but for length), or a fact mended, spoilt or left out."""
     plan = {**plan, "facts": dict(plan["facts"]), "style": list(plan["style"])}
     slot, kind = rng.choice(SLOTS), rng.random()
     if kind < 0.3:
@@ -206,7 +210,7 @@ def edit_plan(doc, plan, rng):
 
 
 def draw_pairs(n, seed, flip):
-    """n of (post, two texts, their true rewards, index of the preferred, confidence); some share their post."""
+    """n of (post, two texts, their true rewards, index of the preferred, confidence); some share a post."""
     rng, doc = random.Random(f"pairs {seed}"), None
     for _ in range(n):
         doc = make_document(rng) if doc is None or rng.random() < 0.8 else doc
@@ -223,12 +227,13 @@ def draw_pairs(n, seed, flip):
 def make_pairs(n, seed, flip=0.0):
     """Preference rows: prompt, chosen, rejected, confidence (1-9), true chosen_reward and rejected_reward."""
     return [{"prompt": doc["prompt"], "chosen": " " + texts[choice], "rejected": " " + texts[1 - choice],
-             "confidence": confidence, "chosen_reward": rewards[choice], "rejected_reward": rewards[1 - choice]}
+             "confidence": confidence,
+             "chosen_reward": rewards[choice], "rejected_reward": rewards[1 - choice]}
             for doc, texts, rewards, choice, confidence in draw_pairs(n, seed, flip)]
 
 
 def make_comparisons(n, seed, flip=0.0):
-    """The pairs of make_pairs as raw rows of openai/summarize_from_feedback; one in fifty lacks its confidence."""
+    """make_pairs' pairs as raw rows of openai/summarize_from_feedback; one in fifty lacks a confidence."""
     rng, rows = random.Random(f"comparisons {seed}"), []
     for doc, texts, _, choice, confidence in draw_pairs(n, seed, flip):
         info = {"id": "t3_" + hashlib.sha1(doc["prompt"].encode()).hexdigest()[:6], "post": doc["text"],
@@ -250,18 +255,21 @@ def make_documents(kind, plan, n, seed, article=False):
 
 def make_sft(n, seed):
     """Rows prompt, label of CarperAI/openai_summarize_tldr: posts and writers' summaries of mixed quality."""
-    return [{"prompt": doc["prompt"], "label": text} for doc, text in make_documents("sft", writer_plan, n, seed)]
+    docs = make_documents("sft", writer_plan, n, seed)
+    return [{"prompt": doc["prompt"], "label": text} for doc, text in docs]
 
 
 def make_posts(n, seed):
     """Rows prompt, label of the same schema: held-out posts and perfect summaries."""
-    return [{"prompt": doc["prompt"], "label": text} for doc, text in make_documents("posts", gold_plan, n, seed)]
+    docs = make_documents("posts", gold_plan, n, seed)
+    return [{"prompt": doc["prompt"], "label": text} for doc, text in docs]
 
 
 def make_articles(n, seed):
     """Rows article, highlights, id of abisee/cnn_dailymail: articles and perfect highlights."""
+    docs = make_documents("articles", gold_plan, n, seed, article=True)
     return [{"article": doc["text"], "highlights": text, "id": hashlib.sha1(doc["text"].encode()).hexdigest()}
-            for doc, text in make_documents("articles", gold_plan, n, seed, article=True)]
+            for doc, text in docs]
 
 
 def write_jsonl(path, rows):
@@ -272,12 +280,13 @@ def write_jsonl(path, rows):
 
 
 def make_tokenizer():
-    """A word-level tokenizer of every word above (230), with BOS, EOS and a pad of its own, no chat template."""
+    """A word-level tokenizer of every word above, with BOS, EOS and a pad of its own, no chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     texts = ["SUBREDDIT: TITLE: POST: Article: TL;DR:", *SLOT_OF, *PEOPLE, *SUBREDDITS, *TITLES]
     texts += [*POST_FILLER, *ARTICLE_FILLER, *(word for pair in LEGAL for word in pair)]
-    texts += [frame for frames in (POST, POST_OTHER, ARTICLE, ARTICLE_OTHER) for slot in SLOTS for frame in frames[slot]]
+    frames = (POST, POST_OTHER, ARTICLE, ARTICLE_OTHER)
+    texts += [text for kind in frames for slot in SLOTS for text in kind[slot]]
     words = sorted(word for word in set(" ".join(texts).split()) if word[0] not in "{<")
     words = ["<pad>", "<s>", "</s>", "<unk>", *words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -287,7 +296,7 @@ def make_tokenizer():
 
 
 def make_model(tokenizer, seed=0, steps=0, batch_size=48, learning_rate=4e-3):
-    """The tiny Llama (fp32, eval mode), pretrained for `steps` (0: random weights) on clean documents that grow longer."""
+    """The tiny Llama, fp32, after `steps` steps (0: random weights) on clean documents that grow longer."""
     import torch
     from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -312,7 +321,7 @@ def make_model(tokenizer, seed=0, steps=0, batch_size=48, learning_rate=4e-3):
         batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
         ids = batch.input_ids                                                        # (B, T)
         logits = model(input_ids=ids, attention_mask=batch.attention_mask).logits    # (B, T, V)
-        losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
         # A prompt's words are mostly chance: at full weight they drown the copying, which has to be learned.
         weights = 0.1 + 0.9 * (ids == summary_starts).cumsum(1)[:, :-1]              # (B, T-1)
         weights = weights * batch.attention_mask[:, 1:]
@@ -324,6 +333,13 @@ def make_model(tokenizer, seed=0, steps=0, batch_size=48, learning_rate=4e-3):
     return model.eval()
 
 
+def fail(message):
+    """Ends the program on bad input: one line on stderr (of rank 0), exit status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Shows the docstring as it is written, and each flag's default."""
 
@@ -331,12 +347,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--out", default="out/toy", help="folder that everything goes into")
-    parser.add_argument("--seed", type=int, default=0, help="of the data and the LM; another seed, another world")
+    parser.add_argument("--seed", type=int, default=0, help="of the data and of the LM")
     parser.add_argument("--pairs", type=int, default=2000, help="rows of comparisons.jsonl")
     parser.add_argument("--sft", type=int, default=1500, help="rows of sft.jsonl")
     parser.add_argument("--prompts", type=int, default=250, help="rows of test.jsonl and of articles.jsonl")
-    parser.add_argument("--flip", type=float, default=0.0, help="share of the labels that are flipped, 0 to 1")
-    parser.add_argument("--steps", type=int, default=800, help="pretraining steps of the LM (0: random weights)")
+    parser.add_argument("--flip", type=float, default=0.0, help="share of labels to flip, 0 to 1")
+    parser.add_argument("--steps", type=int, default=800, help="pretraining steps (0: random weights)")
     args = parser.parse_args()
     if min(args.pairs, args.sft, args.prompts) < 1 or args.steps < 0 or not 0 <= args.flip <= 1:
         fail("--pairs, --sft and --prompts must be 1 or more, --steps 0 or more, --flip between 0 and 1")
@@ -362,13 +378,6 @@ def main():
     shutil.rmtree(base, ignore_errors=True)
     os.replace(f"{base}.partial", base)
     print(f"wrote {base}, {model.num_parameters():,} parameters, {len(tokenizer)} words")
-
-
-def fail(message):
-    """Ends the program on bad input: one line on stderr (of rank 0), exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":
