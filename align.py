@@ -423,7 +423,7 @@ def reference_logps(model, splits, args, to_batch):
 def spread_ratio(metrics, args):
     """std of the Oracle's reward differences over std of the student's, on the first batch: how loud the teacher is."""
     ratio = (metrics["oracle/margins"].std() / metrics["rewards/margins"].std()).item()
-    if args.student_rewards == "logps" and args.loss == "drdo" and ratio < 5 and dist.get_rank() == 0:
+    if args.student_rewards == "logps" and ratio < 5 and dist.get_rank() == 0:
         tqdm.write(f"warning: the Oracle's differences spread {ratio:.2f} times as wide as the student's; where that is below "
                    f"about 5 the policy learns to flatten its log-probs. Lower --beta {args.beta}", file=sys.stderr)
     return ratio
@@ -550,7 +550,7 @@ def main():
                     "grad_norm": float(engine.get_global_grad_norm()),
                     "learning_rate": args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps),
                     "tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": peak_memory_gb()}
-            if step == 1 and args.loss != "dpo":
+            if step == 1 and args.loss == "drdo":
                 line["oracle_student_std_ratio"] = spread_ratio(metrics, args)
             log(args, line)
             window, tokens, start = [], 0, time.time()

@@ -26,7 +26,7 @@ stage() {  # stage NAME COMMAND...: runs it in the background
     "$@" > "$out/logs/$name.log" 2>&1 || { tail -n 15 "$out/logs/$name.log" >&2; echo "$name failed" >&2; exit 1; }
     echo "$name: $((SECONDS - start)) s" ) &
 }
-launch() { stage "$1" deepspeed --num_gpus 1 --master_port $((port += 1)) "${@:2}"; port=$((port + 1)); }
+launch() { port=$((port + 1)); stage "$1" deepspeed --num_gpus 1 --master_port "$port" "${@:2}"; }
 settle() { local job; for job in $(jobs -p); do wait "$job"; done; }  # until both stages are done; fails where one did
 
 # ---- data: raw sets in the schemas of the real ones, a base LM
@@ -64,9 +64,31 @@ for policy in $policies; do
 done
 for policy in $policies; do cat "$out/$policy/generations.jsonl"; done > "$out/generations.jsonl"
 launch judge precompute_rewards.py --oracle "$out/oracle" --data "$out/generations.jsonl" --out "$out/generations.pt" --micro_batch_size 100; settle
-python evaluate.py --curves "$out"/{drdo,drdo_logps,dpo,edpo} --out "$out/by_oracle"
-echo; echo "==== judged by the Oracle"
-python evaluate.py --generations "$out/generations.jsonl" --rewards "$out/generations.pt" --against sft reference --group_by dataset --out "$out/by_oracle"
-echo; echo "==== judged by the true reward"
-python evaluate.py --generations "$out/generations.jsonl" --reward_fn tests/toy.py:true_reward --against sft reference --group_by dataset --out "$out/by_truth"
-echo; echo "$SECONDS s in all; tables and pictures: $out/by_oracle, $out/by_truth"
+stage curves python evaluate.py --curves "$out"/{drdo,drdo_logps,dpo,edpo} --out "$out/curves"
+against="--generations $out/generations.jsonl --against sft reference --group_by dataset"
+stage by_oracle python evaluate.py $against --rewards "$out/generations.pt" --out "$out/by_oracle"; settle
+stage by_truth python evaluate.py $against --reward_fn tests/toy.py:true_reward --out "$out/by_truth"; settle
+
+# ---- the verdicts side by side
+python - "$out" <<'PYTHON'
+import json, sys
+out = sys.argv[1]
+oracle, truth = (json.load(open(f"{out}/{judge}/evaluation.json")) for judge in ("by_oracle", "by_truth"))
+find = lambda rows, **keys: next(row for row in rows if all(row[key] == value for key, value in keys.items()))
+print("\nWin rate against SFT with its 95% interval over prompts, four temperatures pooled (a tie counts half); mean true")
+print("reward and length. test: posts, in domain; articles: out of domain.\n")
+print("| policy     | prompts  | by the Oracle        | by the true reward   | true reward | tokens |  EOS |")
+print("|------------|----------|----------------------|----------------------|-------------|--------|------|")
+for group in ("dataset test", "dataset articles"):
+    gold = find(truth["comparisons"], policy="sft", opponent="reference", group=group, temperature="all")
+    gold = find(truth["policies"], policy="sft", group=group, temperature="all")["reward"] - gold["reward_difference"]
+    print(f"| reference  | {group[8:]:8} | {'':20} | {'':20} | {gold:11.2f} | {'':6} | {'':4} |")
+    for policy in dict.fromkeys(row["policy"] for row in truth["policies"]):
+        own = find(truth["policies"], policy=policy, group=group, temperature="all")
+        cells = [f"{'':20}"] * 2
+        if policy != "sft":
+            both = [find(judge["comparisons"], policy=policy, opponent="sft", group=group, temperature="all") for judge in (oracle, truth)]
+            cells = ["{:.3f} [{:.3f}, {:.3f}]".format(row["win_rate"], *row["win_rate_interval"]) for row in both]
+        print(f"| {policy:10} | {group[8:]:8} | {cells[0]} | {cells[1]} | {own['reward']:11.2f} | {own['tokens']:6.1f} | {own['eos']:.2f} |")
+PYTHON
+echo; echo "$SECONDS s in all. Tables and pictures by temperature: $out/by_oracle, $out/by_truth, $out/curves"
