@@ -63,26 +63,31 @@ Preferred: tie"""
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr (of rank 0), exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def read_jsonl(path, *keys):
     """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
+    def is_prompt(value):
+        return bool(value) and (isinstance(value, str) or isinstance(value, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in value))
+
     rows = []
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line")
                 for key in keys:
                     value = row.get(key) if isinstance(row, dict) else None
-                    if not isinstance(value, (str, list) if key == "prompt" else str):
-                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}")
+                    if not (is_prompt(value) if key == "prompt" else isinstance(value, str)):
+                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}, and a `prompt` of "
+                             "messages a `role` and a `content` in each")
                 rows.append(row)
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name an existing UTF-8 JSONL file")
@@ -98,9 +103,6 @@ def load(paths, group_by):
             places.append(f"{path}, line {number}")
             if not isinstance(row.get("temperature"), (int, float)):
                 fail(f"{places[-1]}: no `temperature` number; every row needs one")
-            if isinstance(row["prompt"], list) and not all(
-                    isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in row["prompt"]):
-                fail(f"{places[-1]}: every message of `prompt` must be an object with `role` and `content`")
             if group_by and group_by not in row:
                 fail(f"--group_by {group_by}: {places[-1]} has no such key, only {', '.join(row)}")
         with open(path, "rb") as file:
@@ -120,7 +122,8 @@ def read_rewards(path, data, sha256, size, with_reference):
     except FileNotFoundError:
         fail(f"{path}: no such file; {mend}, or give --rewards, --reward_fn or --judge")
     except Exception as error:
-        fail(f"{path}: cannot read it ({str(error).splitlines()[0]}); {mend}")
+        fail(f"{path}: cannot read it ({error!r:.100}); {mend}")
+    held = held if isinstance(held, dict) else {}
     if held.get("data_sha256") != sha256:
         fail(f"{path}: it scores a file of sha256 {held.get('data_sha256')}, but {data} has {sha256}; {mend}")
     means = []

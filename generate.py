@@ -10,16 +10,16 @@ Out:  <model>/generations.jsonl, a row for each prompt and temperature, in promp
     deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      # greedy
 
 A prompt that stands in several rows is taken once. Batches hold prompts of similar length and draw from a seed of
-their own, so the text does not depend on the number of processes.
+their own, so the text does not depend on the number of processes (on --micro_batch_size it does).
 """
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
     group = parser.add_argument_group("data and model")
     group.add_argument("--model", default="out/drdo", help="the policy: a folder or a hub name")
     group.add_argument("--prompts", default="data/all/validation.jsonl", help="JSONL with `prompt`")
@@ -44,30 +45,38 @@ def parse_args():
     group.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
+    if args.top_p > 1:
+        fail(f"--top_p {args.top_p}: it is a probability; give a number above 0, at most 1")
+    if not args.out and not os.path.isdir(args.model):
+        fail(f"--model {args.model} is no folder here; for a model of the hub give --out too")
     args.out = args.out or f"{args.model}/generations.jsonl"
+    if os.path.isdir(args.out):
+        fail(f"--out {args.out} is a folder; name a file, such as {os.path.join(args.out, 'generations.jsonl')}")
     args.generator = args.generator or args.model.rstrip("/")
-    if min(args.temperature) < 0 or not 0 < args.top_p <= 1:
-        fail(f"--temperature {args.temperature} must be 0 or more and --top_p {args.top_p} above 0, at most 1")
+    check_flags(args, os.path.dirname(args.out), "temperature", "num_prompts", "seed", "local_rank")
     return args
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The docstring as it stands, and every flag's default."""
-
-
 def fail(message):
-    """Ends the program on bad input: one line on stderr (of rank 0), exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def make_folder(path):
-    """Makes the folder that a run writes to."""
+def check_flags(args, folder, *may_be_zero):
+    """Fails where a flag's number is not above 0 and finite (those named in `may_be_zero` may be 0), or where the folder that
+    the run writes to cannot be made and written: before the run is paid for."""
+    for name, values in vars(args).items():
+        for value in values if isinstance(values, list) else [values]:
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+                fail(f"--{name} {value}: give a number {'of 0 or more' if name in may_be_zero else 'above 0'}")
     try:
-        os.makedirs(path, exist_ok=True)
+        os.makedirs(folder or ".", exist_ok=True)
+        if not os.access(folder or ".", os.W_OK):
+            raise PermissionError("it cannot be written")
     except OSError as error:
-        fail(f"--out {path}: cannot make this folder ({error}); name another")
+        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
 
 
 def init_process():
@@ -90,18 +99,23 @@ def init_process():
 
 def read_jsonl(path, *keys):
     """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
+    def is_prompt(value):
+        return bool(value) and (isinstance(value, str) or isinstance(value, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in value))
+
     rows = []
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line")
                 for key in keys:
                     value = row.get(key) if isinstance(row, dict) else None
-                    if not isinstance(value, (str, list) if key == "prompt" else str):
-                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}")
+                    if not (is_prompt(value) if key == "prompt" else isinstance(value, str)):
+                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}, and a `prompt` of "
+                             "messages a `role` and a `content` in each")
                 rows.append(row)
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name an existing UTF-8 JSONL file")
@@ -112,13 +126,16 @@ def load_tokenizer(folder):
     """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        fail(f"{folder}: no tokenizer there ({str(error).splitlines()[0]}); give a model folder or a hub name")
+    except Exception as error:
+        fail(f"{folder}: no tokenizer there ({error!r:.150}); give a model folder or a hub name")
     if tokenizer.eos_token_id is None:
         fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(0)]
-        tokenizer.pad_token = next(token for token in others if token and token != tokenizer.eos_token)
+        # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
+        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
+        others = [token for token in others if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
+        tokenizer.pad_token = others[0] if others else fail(
+            f"{folder}: its tokenizer has no pad token apart from EOS; set `pad_token` in its tokenizer_config.json")
     return tokenizer
 
 
@@ -126,7 +143,10 @@ def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, text or messages: by the chat template where there is one, else its text after one BOS."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        try:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # jinja's, or the template's own
+            fail(f"the tokenizer's chat template refuses the prompt {str(prompt):.80} ({error!r:.100}); mend or drop that row")
     if not isinstance(prompt, str):
         names = {"user": "Human", "assistant": "Assistant"}
         turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
@@ -141,11 +161,12 @@ def load_model(folder, device):
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
                                                            output_loading_info=True)
-    except (OSError, ValueError) as error:
-        fail(f"--model {folder}: no causal LM there ({str(error).splitlines()[0]}); give a model folder or a hub name")
+    except Exception as error:
+        fail(f"--model {folder}: no causal LM there ({error!r:.150}); give a model folder or a hub name")
     if info["missing_keys"]:
         fail(f"--model {folder}: its weights lack {sorted(info['missing_keys'])[0]}; give the folder of a whole causal LM")
     ends = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig()  # else a repetition penalty of the model's own would sample another policy
     return model.to(device).eval(), set(ends if isinstance(ends, list) else [ends]) - {None}
 
 
@@ -166,19 +187,19 @@ def generate(model, prompts, temperature, top_p, max_new_tokens, pad_token_id, e
 def main():
     args = parse_args()
     device, rank, world_size = init_process()
-    make_folder(os.path.dirname(args.out) or ".")
     tokenizer = load_tokenizer(args.model)
     unique = {}
     for row in read_jsonl(args.prompts, "prompt"):
         unique.setdefault(json.dumps(row["prompt"]), row)
     rows = list(unique.values())[:args.num_prompts or None]
+    model, ends = load_model(args.model, device)
+    ends.add(tokenizer.eos_token_id)
+    args.max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in tqdm(rows, "tokenising", disable=rank > 0)]
     kept = [i for i, ids in enumerate(prompts) if len(ids) + args.max_new_tokens <= args.max_length]
     if not kept:
         fail(f"{args.prompts}: every prompt and --max_new_tokens {args.max_new_tokens} have more than --max_length "
-             f"{args.max_length} tokens; raise --max_length")
-    model, ends = load_model(args.model, device)
-    ends.add(tokenizer.eos_token_id)
+             f"{args.max_length} tokens (or the model's positions); raise or lower them")
 
     kept.sort(key=lambda i: -len(prompts[i]))
     micro_batches = [kept[i:i + args.micro_batch_size] for i in range(0, len(kept), args.micro_batch_size)]

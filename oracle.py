@@ -17,6 +17,7 @@ Where the paper leaves a choice: the LM term log(y_w) is summed over the respons
 """
 import argparse
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -40,7 +41,8 @@ from losses import last_token_rewards, oracle_loss, response_logps
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
     group = parser.add_argument_group("method")
     group.add_argument("--alpha", type=float, default=0.01, help="Eq. 5's weight of the LM term; 0 is Eq. 2")
     group.add_argument("--lm_term", choices=["sum", "mean"], default="sum", help="log(y_w) over the response's tokens")
@@ -57,36 +59,44 @@ def parse_args():
     group.add_argument("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
     group.add_argument("--warmup_steps", type=int, default=100, help="linear warm-up")
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the data, where --max_steps is 0")
-    group.add_argument("--max_steps", type=int, default=0, help="optimizer steps, over as many epochs as they take")
+    group.add_argument("--max_steps", type=int, default=0, help="optimizer steps, in place of --epochs; 0: by --epochs")
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
     group.add_argument("--deepspeed_config", default="ds_config.json", help="ZeRO stage, bf16 (off on a CPU), clipping")
     group = parser.add_argument_group("logging and checkpoints")
     group.add_argument("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
+    group.add_argument("--eval_rows", type=int, default=1000, help="evaluate on so many rows, --eval_data's first; 0: on all")
     group.add_argument("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
     group.add_argument("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
     group.add_argument("--resume", action="store_true", help="go on from <out>/checkpoint, with the flags it began with")
     group.add_argument("--seed", type=int, default=0, help="initialisation of the head and order of the data")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
-    return parser.parse_args()
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The docstring as it stands, and every flag's default."""
+    args = parser.parse_args()
+    check_flags(args, args.out, "alpha", "weight_decay", "warmup_steps", "max_steps", "save_steps", "eval_rows", "seed", "local_rank")
+    if args.alpha > 1:
+        fail(f"--alpha {args.alpha}: it weighs the LM term against the rest; give a number from 0 to 1")
+    return args
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr (of rank 0), exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def make_folder(path):
-    """Makes the folder that a run writes to."""
+def check_flags(args, folder, *may_be_zero):
+    """Fails where a flag's number is not above 0 and finite (those named in `may_be_zero` may be 0), or where the folder that
+    the run writes to cannot be made and written: before the run is paid for."""
+    for name, values in vars(args).items():
+        for value in values if isinstance(values, list) else [values]:
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+                fail(f"--{name} {value}: give a number {'of 0 or more' if name in may_be_zero else 'above 0'}")
     try:
-        os.makedirs(path, exist_ok=True)
+        os.makedirs(folder or ".", exist_ok=True)
+        if not os.access(folder or ".", os.W_OK):
+            raise PermissionError("it cannot be written")
     except OSError as error:
-        fail(f"--out {path}: cannot make this folder ({error}); name another")
+        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
 
 
 def init_process():
@@ -109,18 +119,23 @@ def init_process():
 
 def read_jsonl(path, *keys):
     """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
+    def is_prompt(value):
+        return bool(value) and (isinstance(value, str) or isinstance(value, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in value))
+
     rows = []
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line")
                 for key in keys:
                     value = row.get(key) if isinstance(row, dict) else None
-                    if not isinstance(value, (str, list) if key == "prompt" else str):
-                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}")
+                    if not (is_prompt(value) if key == "prompt" else isinstance(value, str)):
+                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}, and a `prompt` of "
+                             "messages a `role` and a `content` in each")
                 rows.append(row)
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name an existing UTF-8 JSONL file")
@@ -131,13 +146,16 @@ def load_tokenizer(folder):
     """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        fail(f"{folder}: no tokenizer there ({str(error).splitlines()[0]}); give a model folder or a hub name")
+    except Exception as error:
+        fail(f"{folder}: no tokenizer there ({error!r:.150}); give a model folder or a hub name")
     if tokenizer.eos_token_id is None:
         fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(0)]
-        tokenizer.pad_token = next(token for token in others if token and token != tokenizer.eos_token)
+        # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
+        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
+        others = [token for token in others if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
+        tokenizer.pad_token = others[0] if others else fail(
+            f"{folder}: its tokenizer has no pad token apart from EOS; set `pad_token` in its tokenizer_config.json")
     return tokenizer
 
 
@@ -151,11 +169,12 @@ def load_model(folder, pad_token_id):
         config.pad_token_id = pad_token_id
         model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                            attn_implementation="sdpa", output_loading_info=True)
-    except (OSError, ValueError) as error:
-        fail(f"--model {folder}: no causal LM there ({str(error).splitlines()[0]}); give a model folder or a hub name")
+    except Exception as error:
+        fail(f"--model {folder}: no causal LM there ({error!r:.150}); give a model folder or a hub name")
     if info["missing_keys"]:
         fail(f"--model {folder}: its weights lack {sorted(info['missing_keys'])[0]}; give the folder of a whole causal LM")
-    return model
+    model.get_input_embeddings().padding_idx = None  # a pad token that is a word too, as BOS, learns like any other
+    return model.train()
 
 
 def add_head(lm):
@@ -170,7 +189,10 @@ def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, text or messages: by the chat template where there is one, else its text after one BOS."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        try:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # jinja's, or the template's own
+            fail(f"the tokenizer's chat template refuses the prompt {str(prompt):.80} ({error!r:.100}); mend or drop that row")
     if not isinstance(prompt, str):
         names = {"user": "Human", "assistant": "Assistant"}
         turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
@@ -180,7 +202,9 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart, so that no token spans both."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart, so that no token spans both; the space
+    that parts a response from a plain-text prompt has no place behind a chat template's."""
+    response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
@@ -296,11 +320,6 @@ def gather(window):
     return {name: torch.cat([part[name] for part in everywhere]) for name in here}
 
 
-def means(metrics, prefix=""):
-    """Each metric's mean over pairs; without those that are NaN, as a loss whose Oracle rewards were not given."""
-    return {prefix + name: value.mean().item() for name, value in metrics.items() if not value.isnan().all()}
-
-
 def make_engine(model, args, device, max_steps):
     """DeepSpeed's engine around the model: AdamW, linear warm-up and cosine to 0, and what --deepspeed_config says."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -311,12 +330,14 @@ def make_engine(model, args, device, max_steps):
     try:
         with open(args.deepspeed_config) as file:
             config = json.load(file)
-    except (OSError, json.JSONDecodeError) as error:
-        fail(f"--deepspeed_config {args.deepspeed_config}: cannot read it ({error}); run from the folder that holds ds_config.json")
-    config.update(train_batch_size=args.batch_size, train_micro_batch_size_per_gpu=args.micro_batch_size, steps_per_print=2**31)
-    if device.type == "cpu":
-        config["bf16"] = {"enabled": False}  # 3 times slower than fp32 there
-    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+        config.update(train_batch_size=args.batch_size, train_micro_batch_size_per_gpu=args.micro_batch_size, steps_per_print=2**31)
+        if device.type == "cpu":
+            config["bf16"] = {"enabled": False}  # 3 times slower than fp32 there
+        if config["zero_optimization"]["stage"] not in (1, 2):  # 3 leaves no whole model to read a head from, or to save
+            raise ValueError("zero_optimization.stage must be 1 or 2")
+        return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    except Exception as error:
+        fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json beside this script")
 
 
 def schedule_factor(step, warmup_steps, max_steps):
@@ -327,54 +348,55 @@ def schedule_factor(step, warmup_steps, max_steps):
 
 
 def start_run(engine, args):
-    """Writes <out>/args.json and returns the step to start from: 0, or with --resume the last checkpoint's, whose weights
-    and optimizer it loads and whose log.jsonl it cuts off there."""
-    step, lines, log_path, args_path = 0, [], f"{args.out}/log.jsonl", f"{args.out}/args.json"
+    """(step to start from, what the run is). Without --resume step 0; with it the last checkpoint's, whose weights and
+    optimizer are loaded and behind which log.jsonl is cut off. Writes <out>/args.json."""
+    with open(args.data, "rb") as file:
+        run = {**vars(args), "processes": dist.get_world_size(), "data_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    step, lines = 0, []
     if args.resume:
-        if not os.path.exists(f"{args.out}/checkpoint/latest"):
-            fail(f"--resume: {args.out}/checkpoint holds no checkpoint; start without --resume")
-        with open(args_path) as file:
-            before = json.load(file)
-        for name, value in vars(args).items():
+        try:
+            state = engine.load_checkpoint(f"{args.out}/checkpoint")[1]
+            step, before = state["step"], state["run"]
+            with open(f"{args.out}/log.jsonl") as file:
+                lines = [line for line in file if json.loads(line)["step"] <= step]
+        except Exception as error:
+            fail(f"--resume: cannot go on from {args.out}/checkpoint ({error!r:.200}); start without --resume")
+        for name, value in run.items():
             if name not in ("resume", "local_rank", "log_steps", "eval_steps", "save_steps") and value != before[name]:
-                fail(f"--resume: --{name} was {before[name]} and is now {value}; give the flags that the run began with")
-        step = engine.load_checkpoint(f"{args.out}/checkpoint")[1]["step"]
-        with open(log_path) as file:
-            lines = [line for line in file if json.loads(line)["step"] <= step]
+                fail(f"--resume: {name} was {before[name]} and is now {value}; go on with what the checkpoint's run began with")
     if dist.get_rank() == 0:
         versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
-        write_whole(args_path, json.dumps({**vars(args), "processes": dist.get_world_size(), "versions": versions}, indent=2))
-        write_whole(log_path, "".join(lines))
-    return step
+        for name, text in ("args.json", json.dumps({**run, "versions": versions}, indent=2)), ("log.jsonl", "".join(lines)):
+            with open(f"{args.out}/{name}.partial", "w") as file:
+                file.write(text)
+            os.replace(f"{args.out}/{name}.partial", f"{args.out}/{name}")
+    return step, run
 
 
-def write_whole(path, text):
-    """Writes a file whole or not at all."""
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".partial", path)
-
-
-def log(args, line):
-    """Appends a line to <out>/log.jsonl and shows its loss and accuracy; on rank 0."""
+def log(args, step, metrics, prefix="", **figures):
+    """Appends a line to <out>/log.jsonl and shows the gist of it, on rank 0: each metric's mean over pairs (of the held-out
+    ones without those that are NaN for want of Oracle rewards), and the figures. Ends the run where the loss is lost."""
+    line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
+                             if not (prefix and value.isnan().all())}, **figures}
+    if not math.isfinite(line.get("loss", 0.0)):
+        fail(f"step {step}: the loss is {line['loss']}; lower --learning_rate. {args.out}/checkpoint, if any, is as it was")
     if dist.get_rank() == 0:
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-        tqdm.write(f"step {line['step']}: " + ", ".join(f"{name} {line[name]:.4g}" for name in line if name.endswith(shown)))
+        tqdm.write(f"step {step}: " + ", ".join(f"{name} {line[name]:.4g}" for name in line if name.endswith(shown)))
 
 
-def peak_memory_gb():
-    """Most memory this process has held: the GPU's where there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def speed(tokens, start, device):
+    """Tokens a second since `start`, and the most memory this process has held: the GPU's, or else what is resident."""
+    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
 
 
-def save_checkpoint(engine, args, step):
+def save_checkpoint(engine, args, step, run):
     """Writes <out>/checkpoint/step<step>; the checkpoint before it goes once this one is whole."""
     folder = f"{args.out}/checkpoint"
-    engine.save_checkpoint(folder, tag=f"step{step}", client_state={"step": step})
+    engine.save_checkpoint(folder, tag=f"step{step}", client_state={"step": step, "run": run})
     if dist.get_rank() == 0:
         for name in os.listdir(folder):
             if name.startswith("step") and name != f"step{step}":
@@ -415,32 +437,34 @@ def main():
     args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // world_size))
     if args.batch_size % (args.micro_batch_size * world_size):
         fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x {world_size} processes")
-    make_folder(args.out)
 
-    # ---- data
+    # ---- model and data
+    torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
+    lm = load_model(args.model, tokenizer.pad_token_id)
+    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
     rows = read_jsonl(args.data, "prompt", "chosen", "rejected")
     pairs, _ = encode_pairs(tokenizer, rows, args.max_length, args.data)
     eval_pairs = []
     if args.eval_data:
         rows = read_jsonl(args.eval_data, "prompt", "chosen", "rejected")
-        eval_pairs, _ = encode_pairs(tokenizer, rows, args.max_length, args.eval_data)
+        eval_pairs, _ = encode_pairs(tokenizer, rows[:args.eval_rows or None], args.max_length, args.eval_data)
     if len(pairs) < args.batch_size:
         fail(f"{args.data}: {len(pairs)} pairs are fewer than --batch_size {args.batch_size}; lower it")
     lengths = np.array([sum(map(len, pair)) for pair in pairs])
     max_steps = args.max_steps or max(1, int(args.epochs * len(pairs) / args.batch_size))
+    if rank == 0:
+        print(f"{max_steps} steps of {args.batch_size}: {max_steps * args.batch_size / len(pairs):.2f} epochs, "
+              f"{args.warmup_steps} steps of warm-up")
 
-    # ---- model
-    torch.manual_seed(args.seed)
-    lm = load_model(args.model, tokenizer.pad_token_id)
+    # ---- head and engine
     add_head(lm)
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lm.train()  # dropout is 0
     engine = make_engine(PairModel(lm), args, device, max_steps)
     to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
     check_layout(engine.module, to_batch([pairs[lengths.argmax()]]), args.model)
-    step = start_run(engine, args)
+    step, run = start_run(engine, args)
 
     # ---- training
     scored = 1 if args.alpha else 0  # only the chosen response has an LM term
@@ -458,18 +482,17 @@ def main():
         tokens += lengths[batch].sum()
 
         if step == 1 or step % args.log_steps == 0 or step == max_steps:
-            log(args, {"step": step, "epoch": step * args.batch_size / len(pairs), **means(gather(window)),
-                       "grad_norm": float(engine.get_global_grad_norm()),
-                       "learning_rate": args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps),
-                       "tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": peak_memory_gb()})
+            log(args, step, gather(window), epoch=step * args.batch_size / len(pairs), **speed(tokens, start, device),
+                grad_norm=float(engine.get_global_grad_norm()),
+                learning_rate=args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps))
             window, tokens, start = [], 0, time.time()
         if eval_pairs and (step % args.eval_steps == 0 or step == max_steps):
             logps, rewards = score_all(engine.module, eval_pairs, args.micro_batch_size, to_batch, "evaluating")
             chosen_lengths = torch.tensor([len(chosen) for _, chosen, _ in eval_pairs])
-            log(args, {"step": step, **means(loss_and_metrics(args, logps, rewards, chosen_lengths)[1], "eval_")})
+            log(args, step, loss_and_metrics(args, logps, rewards, chosen_lengths)[1], "eval_")
             tokens, start = 0, time.time()
         if args.save_steps and step % args.save_steps == 0:
-            save_checkpoint(engine, args, step)
+            save_checkpoint(engine, args, step, run)
     save_model(lm, tokenizer, args)
     dist.destroy_process_group()
 

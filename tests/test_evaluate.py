@@ -461,7 +461,7 @@ def test_bad_rewards(tmp_path, capsys):
     (["--generations", "absent.jsonl"], None, "absent.jsonl: cannot read it"),
     (["--generations", "g.jsonl"], row("us", "p", temperature="hot"), "g.jsonl, line 1: no `temperature`"),
     (["--generations", "g.jsonl", "--group_by", "set"], row("us", "p"), "--group_by set: g.jsonl, line 1"),
-    (["--generations", "g.jsonl"], row("us", ["p"]), "g.jsonl, line 1: every message"),
+    (["--generations", "g.jsonl"], row("us", ["p"]), "g.jsonl, line 1: no `prompt`"),
     (["--generations", "g.jsonl", "--judge", "m", "--reward_fn", "f"], row("us", "p"), "not allowed with"),
 ])
 def test_bad_input_is_one_line(tmp_path, flags, line, expected):

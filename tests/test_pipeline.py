@@ -149,7 +149,7 @@ def test_resuming_is_bitwise_the_run_that_was_not_interrupted(lab, tmp_path):
     resumed = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     error = run(*flags, "--out", tmp_path, "--resume", "--beta", 0.5, expect=2)
-    assert "--beta was 0.1 and is now 0.5" in error
+    assert "beta was 0.1 and is now 0.5" in error
 
 
 def test_scores_and_generations_do_not_depend_on_the_number_of_processes(lab, tmp_path):

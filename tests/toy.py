@@ -334,8 +334,8 @@ def make_model(tokenizer, seed=0, steps=0, batch_size=48, learning_rate=4e-3):
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr (of rank 0), exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

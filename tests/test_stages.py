@@ -1,0 +1,172 @@
+"""The stages' functions one by one: what a flag changes, how text becomes tokens, which rewards belong to which pair."""
+import hashlib
+import json
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import align
+import generate
+import oracle
+import toy
+
+CHAT = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+
+
+def byte_level(**special):
+    """A tokenizer of single bytes in GPT-2's spelling, "!" its id 0 and one special token, as GPT-2 has."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def test_a_pad_token_never_takes_a_word_away(tmp_path):
+    end = "<|endoftext|>"
+    byte_level(bos_token=end, eos_token=end, unk_token=end).save_pretrained(tmp_path)
+    align.load_tokenizer(tmp_path).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    text = "wow! great!!! ünïcode, 漢字"
+    assert tokenizer.pad_token_id not in tokenizer(text).input_ids
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_text_becomes_tokens_as_the_readme_says():
+    tokenizer = byte_level(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    assert text(align.encode_prompt(tokenizer, "POST: a\n\nTL;DR:")) == "<s>POST: a\n\nTL;DR:"
+    assert text(align.encode_prompt(tokenizer, turns)) == "<s>System: be brief\n\nHuman: hi\n\nAssistant:\n"
+    assert text(align.encode_response(tokenizer, " a b")) == " a b</s>"
+    assert align.encode_response(tokenizer, "")[-1] == tokenizer.eos_token_id
+    tokenizer.chat_template = CHAT
+    assert text(align.encode_prompt(tokenizer, "hi")) == "<|user|>\nhi</s>\n<|assistant|>\n"
+    assert text(align.encode_prompt(tokenizer, turns)) == "<|system|>\nbe brief</s>\n<|user|>\nhi</s>\n<|assistant|>\n"
+    assert text(align.encode_response(tokenizer, " a b")) == "a b</s>"
+    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(SystemExit):
+        align.encode_prompt(tokenizer, turns)
+
+
+def test_schedule():
+    """Linear to the peak in 10 steps, then half a cosine that ends at 0: values worked out by hand."""
+    factors = [align.schedule_factor(step, 10, 110) for step in (0, 4, 9, 10, 35, 60, 85, 110)]
+    assert factors == pytest.approx([0.1, 0.5, 1, 1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0], abs=1e-12)
+    assert align.schedule_factor(0, 0, 100) == 1
+
+
+def test_batches_are_a_permutation_an_epoch_and_differ_by_seed():
+    import numpy as np
+    lengths = np.arange(50)[::-1].copy()
+    stream = align.batches(lengths, 8, seed=3)
+    epochs = [np.concatenate([next(stream) for _ in range(6)]) for _ in range(2)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 48
+        assert all((np.diff(lengths[batch]) <= 0).all() for batch in epoch.reshape(6, 8))
+    assert set(epochs[0][:8]) != set(epochs[1][:8]) != set(next(align.batches(lengths, 8, seed=4)))
+    again = align.batches(lengths, 8, seed=3)
+    assert (np.concatenate([next(again) for _ in range(6)]) == epochs[0]).all()
+
+
+def flags(**changes):
+    return Namespace(**{**dict(loss="drdo", alpha=0.1, gamma=2.0, beta=0.5, student_rewards="head", ensemble="mean"), **changes})
+
+
+def test_each_flag_of_align_reaches_its_loss():
+    logps, reference = torch.tensor([[-4.0, -6.0]]).double(), torch.tensor([[-5.0, -6.0]]).double()
+    rewards = torch.tensor([[1.0, 0.5]]).double()
+    oracles = torch.tensor([[[3.0, 1.0]], [[2.0, 2.0]]]).double()  # two of them, differences 2 and 0, their mean 1
+    value = lambda **changes: align.loss_and_metrics(flags(**changes), logps, rewards, reference, oracles)[0].item()
+    p_w = 1 / (1 + math.exp(-2))
+    contrastive = (1 - p_w) ** 2 * (4 + math.log1p(-math.exp(-6)))
+    assert value() == pytest.approx((1 - 0.5) ** 2 + 0.1 * contrastive)
+    assert value(alpha=2.0, gamma=0.0) == pytest.approx(0.25 + 2 * (4 + math.log1p(-math.exp(-6))))
+    assert value(student_rewards="logps") == pytest.approx((1 - 0.5 * 2) ** 2 + 0.1 * contrastive)
+    assert value(student_rewards="logps", beta=0.1) == pytest.approx((1 - 0.1 * 2) ** 2 + 0.1 * contrastive)
+    assert value(loss="dpo") == pytest.approx(math.log1p(math.exp(-0.5 * 1)))
+    assert value(loss="edpo") == pytest.approx(((2 - 0.5) ** 2 + 0.5**2) / 2)
+    assert value(loss="edpo", ensemble="min") == pytest.approx(0.5**2)
+    metrics = align.loss_and_metrics(flags(), logps, rewards, reference, oracles)[1]
+    assert metrics["loss/distillation"] + metrics["loss/contrastive"] == pytest.approx(metrics["loss"])
+    assert metrics["oracle/margins"].item() == 1 and metrics["p_w"].item() == pytest.approx(p_w)
+
+
+def test_the_oracles_lm_term_is_a_sum_or_a_mean():
+    logps, rewards = torch.tensor([[-12.0, 0.0]]), torch.tensor([[1.0, 1.0]])
+    for lm_term, expected in (("sum", 12.0), ("mean", 3.0)):
+        loss, metrics = oracle.loss_and_metrics(Namespace(alpha=0.25, lm_term=lm_term), logps, rewards, torch.tensor([4]))
+        assert loss.item() == pytest.approx(0.75 * math.log(2) + 0.25 * expected)
+        assert metrics["loss/bradley_terry"].item() == pytest.approx(math.log(2))
+
+
+def test_rewards_stay_with_their_pairs_when_rows_are_dropped(tmp_path, process_group):
+    """Rows too long for the policy, and rows too long for the Oracle (NaN), leave; each of the others keeps its own reward."""
+    rows = toy.make_pairs(30, 5)
+    toy.write_jsonl(str(tmp_path / "pairs.jsonl"), rows)
+    sha256 = hashlib.sha256((tmp_path / "pairs.jsonl").read_bytes()).hexdigest()
+    chosen = torch.arange(30.0)[None].repeat(2, 1)
+    chosen[1, 7] = math.nan
+    torch.save({"chosen": chosen, "rejected": -chosen, "data_sha256": sha256, "oracles": ["a", "b"]}, tmp_path / "rewards.pt")
+    tokenizer = toy.make_tokenizer()
+    length = lambda row: 2 + max(len((row["prompt"] + row[key]).split()) for key in ("chosen", "rejected"))
+    limit = sorted(map(length, rows))[20]
+    args = Namespace(loss="drdo", max_length=limit)
+    pairs, rewards = align.load_split(str(tmp_path / "pairs.jsonl"), tmp_path / "rewards.pt", "--oracle_rewards", args, tokenizer)
+    kept = [i for i, row in enumerate(rows) if length(row) <= limit and i != 7]
+    assert 15 < len(kept) < 30 and rewards.shape == (2, len(kept), 2)
+    assert rewards[1, :, 0].tolist() == kept and rewards[0, :, 1].tolist() == [-i for i in kept]
+    assert [tokenizer.decode(pair[1][:-1]) for pair in pairs] == [rows[i]["chosen"].strip() for i in kept]
+    first = align.load_split(str(tmp_path / "pairs.jsonl"), tmp_path / "rewards.pt", "", args, tokenizer, limit=10)[1]
+    assert first[1, :, 0].tolist() == [i for i in kept if i < 10]
+
+
+def test_a_lost_loss_ends_the_run(tmp_path, process_group, capsys):
+    args = Namespace(out=str(tmp_path))
+    align.log(args, 1, {"loss": torch.tensor([1.0, 3.0]), "eval_only": torch.tensor([math.nan])}, "eval_", epoch=0.5)
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 1, "eval_loss": 2.0, "epoch": 0.5}
+    with pytest.raises(SystemExit) as exit:
+        align.log(args, 2, {"loss": torch.tensor([1.0, math.nan])})
+    assert exit.value.code == 2 and "step 2: the loss is nan" in capsys.readouterr().err
+
+
+def test_the_models_own_decoding_settings_do_not_leak_into_the_sampling(tmp_path):
+    tokenizer = toy.make_tokenizer()
+    model = toy.make_model(tokenizer, seed=0, steps=0)
+    prompts = [align.encode_prompt(tokenizer, row["prompt"]) for row in toy.make_pairs(4, 6)]
+    outputs = []
+    for penalty in (1.0, 5.0):
+        model.generation_config.repetition_penalty = penalty
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        loaded, ends = generate.load_model(tmp_path, torch.device("cpu"))
+        assert ends == {tokenizer.eos_token_id}
+        outputs.append(generate.generate(loaded, prompts, 0.0, 0.8, 20, tokenizer.pad_token_id, ends, torch.device("cpu")))
+    assert outputs[0] == outputs[1]
+    greedy = model.generate(torch.tensor([prompts[0]]), max_new_tokens=20, do_sample=False)[0, len(prompts[0]):].tolist()
+    assert greedy[:len(outputs[0][0][0])] != outputs[0][0][0]  # with the penalty the text is another
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.8])
+def test_sampling_is_top_p_at_a_temperature(tmp_path, top_p):
+    """First tokens of 4000 samples against the nucleus worked out from the model's own logits."""
+    tokenizer = toy.make_tokenizer()
+    model = toy.make_model(tokenizer, seed=1, steps=0).eval()
+    model.lm_head.weight.data *= 2  # far from uniform
+    prompt = align.encode_prompt(tokenizer, toy.make_pairs(1, 7)[0]["prompt"])
+    probabilities = (model(torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
+    ordered, tokens = probabilities.sort(descending=True)
+    size = int((ordered.cumsum(0) < top_p).sum()) + 1  # the fewest that hold top_p
+    nucleus = {token.item(): (p / ordered[:size].sum()).item() for token, p in zip(tokens[:size], ordered)}
+    model.generation_config.eos_token_id = None
+    torch.manual_seed(0)
+    results = generate.generate(model, [prompt] * 4000, 0.7, top_p, 1, tokenizer.pad_token_id, {tokenizer.eos_token_id}, torch.device("cpu"))
+    first = [ids[0] if ids else tokenizer.eos_token_id for ids, _ in results]
+    assert set(first) <= set(nucleus) and len(nucleus) > 1
+    for token, p in nucleus.items():
+        assert abs(first.count(token) / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000) + 1e-9
