@@ -48,16 +48,23 @@ def parse_args():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
     group = parser.add_argument_group("method")
-    group.add_argument("--loss", required=True, choices=["drdo", "dpo", "edpo"], help="Eq. 6, Eq. 3 or Eq. 4")
+    group.add_argument("--loss", required=True, choices=["drdo", "dpo", "edpo", "ipo"],
+                       help="Eq. 6, Eq. 3, Eq. 4, or IPO (Azar et al. 2023, arXiv 2310.12036)")
     group.add_argument("--oracle_rewards", help="rewards.pt of --data by precompute_rewards.py; drdo and edpo need it")
     group.add_argument("--eval_oracle_rewards", help="the same of --eval_data; without it drdo and edpo evaluate no loss")
     group.add_argument("--alpha", type=float, default=0.1, help="drdo: weight of the contrastive log-unlikelihood")
     group.add_argument("--gamma", type=float, default=2.0, help="drdo: focal exponent of (1 - p_w)")
     group.add_argument("--beta", type=float, default=0.1, help="scale of the log-prob rewards (dpo, edpo, drdo on logps)")
-    group.add_argument("--student_rewards", choices=["head", "logps"], default="head",
-                       help="drdo: r^ is a linear head at the last response token, or beta * log pi(y|x)")
     group.add_argument("--ensemble", choices=["mean", "min"], default="mean",
                        help="edpo: distil the mean of the reward models, or for each pair the nearest one")
+    group = parser.add_argument_group("readings of Eq. 6, the paper's the default, and controls")
+    group.add_argument("--student_rewards", choices=["head", "logps", "log_ratio"], default="head",
+                       help="drdo: r^ is a linear head at the last response token, or beta * log pi(y|x), or that less the "
+                            "policy's own at the start, which is no longer reference-free")
+    group.add_argument("--p_w", choices=["sum", "mean"], default="sum", help="drdo: p_w of summed or of mean log-probs")
+    group.add_argument("--detach_focal", action="store_true", help="drdo: no gradient through (1 - p_w)^gamma, as Appendix A.5")
+    group.add_argument("--oracle_scale", type=float, default=1.0, help="drdo, edpo: multiplies the Oracle's rewards")
+    group.add_argument("--nll_coef", type=float, default=0.0, help="adds so much of -log pi(y_w|x), summed, to any loss")
     group = parser.add_argument_group("data and model")
     group.add_argument("--model", default="out/sft", help="the SFT policy: a folder or a hub name")
     group.add_argument("--data", default="data/all/train.jsonl", help="preference JSONL to train on")
@@ -84,8 +91,8 @@ def parse_args():
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
     args.out = args.out or f"out/{args.loss}"
-    check_flags(args, args.out, "alpha", "gamma", "weight_decay", "warmup_steps", "save_steps", "eval_rows", "seed", "local_rank")
-    if args.loss != "dpo" and not args.oracle_rewards:
+    check_flags(args, args.out, "alpha", "gamma", "nll_coef", "weight_decay", "warmup_steps", "save_steps", "eval_rows", "seed", "local_rank")
+    if args.loss in ("drdo", "edpo") and not args.oracle_rewards:
         fail(f"--loss {args.loss} distils rewards: give --oracle_rewards, a file that precompute_rewards.py wrote")
     return args
 
@@ -336,7 +343,7 @@ def load_rewards(path, data, num_rows, flag):
 def load_split(path, rewards_path, flag, args, tokenizer, limit=0):
     """Pairs of a preference file (of its first `limit` rows) and their Oracle rewards, (K, N, 2), NaN where none are given."""
     rows = read_jsonl(path, "prompt", "chosen", "rejected")
-    rewards = load_rewards(rewards_path, path, len(rows), flag) if rewards_path and args.loss != "dpo" else None
+    rewards = load_rewards(rewards_path, path, len(rows), flag) if rewards_path and args.loss in ("drdo", "edpo") else None
     pairs, kept = encode_pairs(tokenizer, rows[:limit or None], args.max_length, path)
     if rewards is None:
         return pairs, torch.full((1, len(pairs), 2), math.nan)
@@ -347,32 +354,40 @@ def load_split(path, rewards_path, flag, args, tokenizer, limit=0):
     return [pair for pair, keep in zip(pairs, scored) if keep], rewards[:, scored]
 
 
-def loss_and_metrics(args, logps, rewards, reference, oracle):
+def loss_and_metrics(args, logps, rewards, reference, oracle, lengths):
     """The loss of each pair, (B,), and what is logged of each pair, a dict of (B,).
 
     logps, rewards: the policy's log pi(y|x) and head rewards of (chosen, rejected), (B, 2); reference: the reference's
-    log pi(y|x), (B, 2); oracle: the Oracles' rewards, (K, B, 2).
+    log pi(y|x), (B, 2); oracle: the Oracles' rewards, (K, B, 2); lengths: tokens of (chosen, rejected), (B, 2).
     """
+    oracle = args.oracle_scale * oracle
+    student = args.beta * (logps - reference)  # DPO's implicit reward
     if args.loss == "drdo":
-        student = rewards if args.student_rewards == "head" else args.beta * logps
-        loss = drdo_loss(*logps.unbind(1), *student.unbind(1), *oracle.mean(0).unbind(1), args.alpha, args.gamma)
-    else:
-        student = args.beta * (logps - reference)  # DPO's implicit reward
-        if args.loss == "dpo":
-            loss = dpo_loss(*logps.unbind(1), *reference.unbind(1), args.beta)
-        else:
-            loss = edpo_loss(*logps.unbind(1), *reference.unbind(1), *oracle.unbind(2), args.beta, args.ensemble)
+        if args.student_rewards != "log_ratio":
+            student = rewards if args.student_rewards == "head" else args.beta * logps
+        z = logps if args.p_w == "sum" else logps / lengths
+        preference_logits = z[:, 0] - z[:, 1]
+        if args.detach_focal:
+            preference_logits = preference_logits.detach()
+        loss = drdo_loss(*logps.unbind(1), *student.unbind(1), *oracle.mean(0).unbind(1), args.alpha, args.gamma, preference_logits)
+    elif args.loss == "dpo":
+        loss = dpo_loss(*logps.unbind(1), *reference.unbind(1), args.beta)
+    elif args.loss == "edpo":
+        loss = edpo_loss(*logps.unbind(1), *reference.unbind(1), *oracle.unbind(2), args.beta, args.ensemble)
+    else:  # IPO, (log ratio - 1 / (2 beta))^2: the regression on a reward difference of 1/2
+        loss = (student[:, 0] - student[:, 1] - 0.5) ** 2 / args.beta**2
+    loss = loss - args.nll_coef * logps[:, 0]
 
     margins = student[:, 0] - student[:, 1]
     metrics = {"loss": loss, "rewards/chosen": student[:, 0], "rewards/rejected": student[:, 1],
                "rewards/accuracies": (margins > 0).float(), "rewards/margins": margins,
-               "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
-    if args.loss != "dpo":
+               "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1], "response_length": lengths.float().mean(1)}
+    if args.loss in ("drdo", "edpo"):
         metrics["oracle/margins"] = (oracle[..., 0] - oracle[..., 1]).mean(0)
     if args.loss == "drdo":  # Eq. 6's two terms apart, alpha included, and how much of the preference is left to learn
         metrics["loss/distillation"] = distillation_loss(*student.unbind(1), *oracle.mean(0).unbind(1))
-        metrics["loss/contrastive"] = args.alpha * contrastive_loss(*logps.unbind(1), args.gamma)
-        metrics["p_w"] = torch.sigmoid(logps[:, 0] - logps[:, 1])
+        metrics["loss/contrastive"] = args.alpha * contrastive_loss(*logps.unbind(1), args.gamma, preference_logits)
+        metrics["p_w"] = torch.sigmoid(preference_logits)
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -421,9 +436,9 @@ def schedule_factor(step, warmup_steps, max_steps):
 
 def reference_logps(model, splits, args, to_batch):
     """The reference's log pi(y|x) of each split's pairs, (N, 2) each: the policy's own before its first step, taken once
-    and kept in <out>/reference.pt. DRDO has none: zeros that nothing reads."""
+    and kept in <out>/reference.pt. DRDO has none (but as --student_rewards log_ratio): zeros that nothing reads."""
     path = f"{args.out}/reference.pt"
-    if args.loss == "drdo":
+    if args.loss == "drdo" and args.student_rewards != "log_ratio":
         return [torch.zeros(len(pairs), 2) for pairs in splits]
     if args.resume:  # the policy has moved since
         try:
@@ -534,6 +549,8 @@ def main():
     if len(pairs) < args.batch_size:
         fail(f"{args.data}: {len(pairs)} pairs are fewer than --batch_size {args.batch_size}; lower it")
     lengths = np.array([sum(map(len, pair)) for pair in pairs])
+    response_lengths, eval_response_lengths = (torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in split])
+                                               for split in (pairs, eval_pairs))  # tokens, EOS included
     max_steps = args.max_steps or (max(1, int(args.epochs * len(pairs) / args.batch_size)) if args.epochs else 1000)
     if rank == 0:
         print(f"{max_steps} steps of {args.batch_size}: {max_steps * args.batch_size / len(pairs):.2f} epochs, "
@@ -555,12 +572,11 @@ def main():
     steps = itertools.islice(batches(lengths, args.batch_size, args.seed), step, max_steps)
     for batch in tqdm(steps, f"align {args.loss}", initial=step, total=max_steps, disable=rank > 0):
         for micro in batch.reshape(-1, world_size, args.micro_batch_size)[:, rank]:
-            inputs = to_batch([pairs[i] for i in micro])
-            logps, rewards = engine(**inputs)
-            loss, metrics = loss_and_metrics(args, logps, rewards, reference[micro].to(device), oracle[:, micro].to(device))
+            logps, rewards = engine(**to_batch([pairs[i] for i in micro]))
+            loss, metrics = loss_and_metrics(args, logps, rewards, reference[micro].to(device), oracle[:, micro].to(device),
+                                             response_lengths[micro].to(device))
             engine.backward(loss.mean())
             engine.step()
-            metrics["response_length"] = (inputs["segments"] > 0).sum(1) / 2  # tokens, EOS included
             window.append(metrics)
         step += 1
         tokens += lengths[batch].sum()
@@ -574,7 +590,7 @@ def main():
             window, tokens, start = [], 0, time.time()
         if eval_pairs and (step % args.eval_steps == 0 or step == max_steps):
             logps, rewards = score_all(engine.module, eval_pairs, args.micro_batch_size, to_batch, "evaluating")
-            log(args, step, loss_and_metrics(args, logps, rewards, eval_reference, eval_oracle)[1], "eval_")
+            log(args, step, loss_and_metrics(args, logps, rewards, eval_reference, eval_oracle, eval_response_lengths)[1], "eval_")
             tokens, start = 0, time.time()
         if args.save_steps and step % args.save_steps == 0:
             save_checkpoint(engine, args, step, run)

@@ -75,7 +75,7 @@ def edpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
 
 
 def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_rejected_rewards,
-              oracle_chosen_rewards, oracle_rejected_rewards, alpha=0.1, gamma=2.0):
+              oracle_chosen_rewards, oracle_rejected_rewards, alpha=0.1, gamma=2.0, preference_logits=None):
     """Eq. 6, DRDO: distil the Oracle's reward difference and learn the preference, without a reference model.
 
     (r*(x, y_w) - r*(x, y_l) - (r^_w - r^_l))^2  -  alpha (1 - p_w)^gamma log(pi(y_w|x) / (1 - pi(y_l|x)))
@@ -83,11 +83,12 @@ def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_reje
     with p_w = sigma(z_w - z_l). The first term is the reward difference (`distillation_loss`), the second the focal
     contrastive log-unlikelihood (`contrastive_loss`), its sign as the paper prints it.
 
-    Args: log-probs, the policy's own reward estimates r^ and the Oracle's rewards r*, each (B,).  Returns: (B,).
+    Args: log-probs, the policy's own reward estimates r^ and the Oracle's rewards r*, each (B,); preference_logits as in
+    `contrastive_loss`.  Returns: (B,).
     """
     distillation = distillation_loss(student_chosen_rewards, student_rejected_rewards,
                                      oracle_chosen_rewards, oracle_rejected_rewards)
-    return distillation + alpha * contrastive_loss(chosen_logps, rejected_logps, gamma)
+    return distillation + alpha * contrastive_loss(chosen_logps, rejected_logps, gamma, preference_logits)
 
 
 def distillation_loss(student_chosen_rewards, student_rejected_rewards,
@@ -99,14 +100,17 @@ def distillation_loss(student_chosen_rewards, student_rejected_rewards,
     return (oracle_chosen_rewards - oracle_rejected_rewards - student_margins) ** 2
 
 
-def contrastive_loss(chosen_logps, rejected_logps, gamma=2.0):
+def contrastive_loss(chosen_logps, rejected_logps, gamma=2.0, preference_logits=None):
     """Eq. 6, second term without alpha: -(1 - p_w)^gamma log(pi(y_w|x) / (1 - pi(y_l|x))), p_w = sigma(z_w - z_l).
 
-    Args: summed log-probs (B,).  Returns: (B,).
+    Args: summed log-probs (B,); preference_logits (B,), what p_w is the sigma of where it is read otherwise than as
+    printed: the difference of mean log-probs, or a detached one.  Returns: (B,).
     """
     chosen_logps, rejected_logps = upcast(chosen_logps, rejected_logps)
-    # 1 - p_w = sigma(-(z_w - z_l)); as exp(gamma log .) its gradient is finite where pow's is 0 * inf
-    focal = torch.exp(gamma * F.logsigmoid(rejected_logps - chosen_logps))
+    if preference_logits is None:
+        preference_logits = chosen_logps - rejected_logps
+    # 1 - p_w = sigma(-logits); as exp(gamma log .) its gradient is finite where pow's is 0 * inf
+    focal = torch.exp(gamma * F.logsigmoid(-upcast(preference_logits)[0]))
     return -focal * (chosen_logps - log1mexp(rejected_logps))
 
 

@@ -75,14 +75,16 @@ def test_batches_are_a_permutation_an_epoch_and_differ_by_seed():
 
 
 def flags(**changes):
-    return Namespace(**{**dict(loss="drdo", alpha=0.1, gamma=2.0, beta=0.5, student_rewards="head", ensemble="mean"), **changes})
+    return Namespace(**{**dict(loss="drdo", alpha=0.1, gamma=2.0, beta=0.5, student_rewards="head", ensemble="mean",
+                                p_w="sum", detach_focal=False, oracle_scale=1.0, nll_coef=0.0), **changes})
 
 
 def test_each_flag_of_align_reaches_its_loss():
     logps, reference = torch.tensor([[-4.0, -6.0]]).double(), torch.tensor([[-5.0, -6.0]]).double()
     rewards = torch.tensor([[1.0, 0.5]]).double()
     oracles = torch.tensor([[[3.0, 1.0]], [[2.0, 2.0]]]).double()  # two of them, differences 2 and 0, their mean 1
-    value = lambda **changes: align.loss_and_metrics(flags(**changes), logps, rewards, reference, oracles)[0].item()
+    lengths = torch.tensor([[2, 4]])
+    value = lambda **changes: align.loss_and_metrics(flags(**changes), logps, rewards, reference, oracles, lengths)[0].item()
     p_w = 1 / (1 + math.exp(-2))
     contrastive = (1 - p_w) ** 2 * (4 + math.log1p(-math.exp(-6)))
     assert value() == pytest.approx((1 - 0.5) ** 2 + 0.1 * contrastive)
@@ -92,7 +94,21 @@ def test_each_flag_of_align_reaches_its_loss():
     assert value(loss="dpo") == pytest.approx(math.log1p(math.exp(-0.5 * 1)))
     assert value(loss="edpo") == pytest.approx(((2 - 0.5) ** 2 + 0.5**2) / 2)
     assert value(loss="edpo", ensemble="min") == pytest.approx(0.5**2)
-    metrics = align.loss_and_metrics(flags(), logps, rewards, reference, oracles)[1]
+    # readings and controls
+    assert value(student_rewards="log_ratio") == pytest.approx((1 - 0.5 * 1) ** 2 + 0.1 * contrastive)
+    assert value(oracle_scale=3.0) == pytest.approx((3 - 0.5) ** 2 + 0.1 * contrastive)
+    assert value(loss="edpo", oracle_scale=0.5) == pytest.approx(((1 - 0.5) ** 2 + 0.5**2) / 2)
+    of_means = 1 / (1 + math.exp(-(-4 / 2 + 6 / 4)))
+    assert value(p_w="mean") == pytest.approx(0.25 + 0.1 * (1 - of_means) ** 2 * (4 + math.log1p(-math.exp(-6))))
+    assert value(loss="ipo") == pytest.approx((1 - 1 / (2 * 0.5)) ** 2)  # (log ratio - 1 / (2 beta))^2
+    assert value(loss="ipo", beta=0.1) == pytest.approx((1 - 1 / (2 * 0.1)) ** 2)
+    assert value(loss="dpo", nll_coef=0.25) == pytest.approx(math.log1p(math.exp(-0.5 * 1)) + 0.25 * 4)
+    free, held = (torch.autograd.grad(align.loss_and_metrics(flags(alpha=1.0, detach_focal=detach), z, rewards, reference, oracles,
+                                                             lengths)[0].sum(), z)[0][0, 0].item()
+                  for detach in (False, True) for z in [logps.clone().requires_grad_()])
+    assert held == pytest.approx(-((1 - p_w) ** 2)) and free - held == pytest.approx(-2 * p_w * contrastive, rel=1e-6)
+
+    metrics = align.loss_and_metrics(flags(), logps, rewards, reference, oracles, lengths)[1]
     assert metrics["loss/distillation"] + metrics["loss/contrastive"] == pytest.approx(metrics["loss"])
     assert metrics["oracle/margins"].item() == 1 and metrics["p_w"].item() == pytest.approx(p_w)
 
@@ -170,3 +186,14 @@ def test_sampling_is_top_p_at_a_temperature(tmp_path, top_p):
     assert set(first) <= set(nucleus) and len(nucleus) > 1
     for token, p in nucleus.items():
         assert abs(first.count(token) / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000) + 1e-9
+
+
+def test_the_studys_interval_draws_seeds_and_then_prompts():
+    """Two seeds without spread between prompts: a quarter of the draws takes one twice, so the 95% interval spans both. One
+    seed: the prompts' own binomial interval."""
+    import numpy as np
+
+    from lab import interval
+    assert interval([np.full(50, 0.2), np.full(50, 0.8)]) == pytest.approx((0.5, 0.2, 0.8))
+    mean, low, high = interval([np.repeat([0.0, 1.0], 500)])
+    assert mean == 0.5 and low == pytest.approx(0.5 - 0.031, abs=0.004) and high == pytest.approx(0.5 + 0.031, abs=0.004)
