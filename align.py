@@ -1,4 +1,4 @@
-"""Aligns an SFT policy to preferences, offline: DRDO (arXiv 2410.08458), DPO or e-DPO.
+"""Aligns an SFT policy to preferences, offline: DRDO (arXiv 2410.08458), DPO, e-DPO or IPO.
 
 In:   out/sft, data/all/train.jsonl (prompt, chosen, rejected) and, for drdo and edpo, the Oracle's rewards.pt
 Out:  out/<loss>/: model and tokenizer (DRDO's reward head inside, as score.weight), args.json, log.jsonl, checkpoint/
@@ -91,10 +91,304 @@ def parse_args():
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
     args.out = args.out or f"out/{args.loss}"
-    check_flags(args, args.out, "alpha", "gamma", "nll_coef", "weight_decay", "warmup_steps", "save_steps", "eval_rows", "seed", "local_rank")
+    check_flags(args, args.out, "alpha", "gamma", "nll_coef", "weight_decay", "warmup_steps", "save_steps", "eval_rows", "seed",
+                "local_rank")
     if args.loss in ("drdo", "edpo") and not args.oracle_rewards:
         fail(f"--loss {args.loss} distils rewards: give --oracle_rewards, a file that precompute_rewards.py wrote")
     return args
+
+
+# ---- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def loss_and_metrics(args, logps, rewards, reference, oracle, lengths):
+    """The loss of each pair, (B,), and what is logged of each pair, a dict of (B,).
+
+    logps, rewards: the policy's log pi(y|x) and head rewards of (chosen, rejected), (B, 2); reference: the reference's
+    log pi(y|x), (B, 2); oracle: the Oracles' rewards, (K, B, 2); lengths: tokens of (chosen, rejected), (B, 2).
+    """
+    oracle = args.oracle_scale * oracle
+    student = args.beta * (logps - reference)  # DPO's implicit reward
+    if args.loss == "drdo":
+        if args.student_rewards != "log_ratio":
+            student = rewards if args.student_rewards == "head" else args.beta * logps
+        z = logps if args.p_w == "sum" else logps / lengths
+        preference_logits = z[:, 0] - z[:, 1]
+        if args.detach_focal:
+            preference_logits = preference_logits.detach()
+        loss = drdo_loss(*logps.unbind(1), *student.unbind(1), *oracle.mean(0).unbind(1), args.alpha, args.gamma,
+                         preference_logits)
+    elif args.loss == "dpo":
+        loss = dpo_loss(*logps.unbind(1), *reference.unbind(1), args.beta)
+    elif args.loss == "edpo":
+        loss = edpo_loss(*logps.unbind(1), *reference.unbind(1), *oracle.unbind(2), args.beta, args.ensemble)
+    else:  # IPO, (log ratio - 1 / (2 beta))^2: the regression on a reward difference of 1/2
+        loss = (student[:, 0] - student[:, 1] - 0.5) ** 2 / args.beta**2
+    loss = loss - args.nll_coef * logps[:, 0]
+
+    margins = student[:, 0] - student[:, 1]
+    metrics = {"loss": loss, "rewards/chosen": student[:, 0], "rewards/rejected": student[:, 1],
+               "rewards/accuracies": (margins > 0).float(), "rewards/margins": margins,
+               "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1], "response_length": lengths.float().mean(1)}
+    if args.loss in ("drdo", "edpo"):
+        metrics["oracle/margins"] = (oracle[..., 0] - oracle[..., 1]).mean(0)
+    if args.loss == "drdo":  # Eq. 6's two terms apart, alpha included, and how much of the preference is left to learn
+        metrics["loss/distillation"] = distillation_loss(*student.unbind(1), *oracle.mean(0).unbind(1))
+        metrics["loss/contrastive"] = args.alpha * contrastive_loss(*logps.unbind(1), args.gamma, preference_logits)
+        metrics["p_w"] = torch.sigmoid(preference_logits)
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+# ---- a pair in one row ------------------------------------------------------------------------------------------------
+
+
+def collate(pairs, pad_token_id, device):
+    """A batch of rows [prompt | chosen | rejected], padded right: what PairModel takes, integer tensors.
+
+    Returns input_ids, position_ids, segments, previous: (B, T), and last: (B, 2). Positions of both responses go on
+    from the prompt's. `segments` is 0 in the prompt, 1 in chosen, 2 in rejected, -1 in padding; `previous` the position
+    whose hidden state predicts a token; `last` the positions of the two EOS.
+    """
+    width = max(sum(map(len, pair)) for pair in pairs)
+    shape = (len(pairs), width)
+    input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
+    position_ids, previous, last = np.zeros(shape, int), np.zeros(shape, int), np.zeros((len(pairs), 2), int)
+    for i, (prompt, chosen, rejected) in enumerate(pairs):
+        p, c, r = len(prompt), len(chosen), len(rejected)
+        input_ids[i, :p + c + r] = np.concatenate([prompt, chosen, rejected])
+        segments[i, :p + c + r] = np.repeat([0, 1, 2], [p, c, r])
+        position_ids[i, :p + c + r] = np.concatenate([np.arange(p + c), np.arange(p, p + r)])
+        previous[i, 1:] = np.arange(width - 1)
+        previous[i, p + c] = p - 1  # the first rejected token follows the prompt, not chosen's EOS
+        last[i] = p + c - 1, p + c + r - 1
+    batch = dict(input_ids=input_ids, position_ids=position_ids, segments=segments, previous=previous, last=last)
+    return {name: torch.as_tensor(array, device=device) for name, array in batch.items()}
+
+
+def pair_mask(segments):
+    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column): causal, and of the two responses
+    each sees the prompt and itself. Padding sees padding, for a query with no key at all is NaN."""
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+    query, key = segments[:, :, None], segments[:, None, :]
+    return (causal & ((key == 0) | (key == query)))[:, None]
+
+
+class PairModel(torch.nn.Module):
+    """A causal LM (with a reward head `score`, or without) that scores both responses of a pair in one row."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, input_ids, position_ids, segments, previous, last, scored=2):
+        """(logps, rewards) of (chosen, rejected), (B, 2) each: log-probs of the first `scored` responses only, 0 for the
+        others; rewards is None without a head."""
+        hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=pair_mask(segments),
+                                    use_cache=False).last_hidden_state  # (B, T, H)
+        logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids,
+                               segments.where(segments <= scored, 0), previous)
+        rewards = last_token_rewards(hidden, self.lm.score.weight, last) if hasattr(self.lm, "score") else None
+        return logps, rewards
+
+
+@torch.no_grad()
+def check_layout(model, batch, folder):
+    """Fails where the model's own forward, on prompt + response alone, gives a pair other log-probs than one row does:
+    a model that ignores 4D masks, slides a window shorter than the pair, or scales its logits. `batch` holds one pair."""
+    logps, _ = model(**batch)
+    tolerance = 1e-3 if next(model.parameters()).dtype.itemsize >= 4 else 0.05  # a token; bf16 keeps 8 bits
+    for number, logp in enumerate(logps[0], 1):
+        prompt, response = batch["input_ids"][batch["segments"] == 0], batch["input_ids"][batch["segments"] == number]
+        logits = model.lm(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
+        own = logits.float().log_softmax(-1).gather(-1, response[:, None]).sum()
+        if abs(own - logp) > tolerance * len(response):
+            fail(f"{folder}: log pi(y|x) of a response is {own:.2f} by the model's own forward and {logp:.2f} in a row of "
+                 "pairs; this model type cannot be trained here, or not with this --max_length")
+
+
+# ---- data -------------------------------------------------------------------------------------------------------------
+
+
+def load_split(path, rewards_path, flag, args, tokenizer, limit=0):
+    """Pairs of a preference file (of its first `limit` rows) and their Oracle rewards, (K, N, 2), NaN where none are given."""
+    rows = read_jsonl(path, "prompt", "chosen", "rejected")
+    rewards = load_rewards(rewards_path, path, len(rows), flag) if rewards_path and args.loss in ("drdo", "edpo") else None
+    pairs, kept = encode_pairs(tokenizer, rows[:limit or None], args.max_length, path)
+    if rewards is None:
+        return pairs, torch.full((1, len(pairs), 2), math.nan)
+    rewards = rewards[:, kept]
+    scored = rewards.isfinite().all(2).all(0)  # (N,)
+    if dist.get_rank() == 0 and not scored.all():
+        print(f"{path}: {int((~scored).sum())} pairs without rewards dropped; precompute_rewards.py has a --max_length too")
+    return [pair for pair, keep in zip(pairs, scored) if keep], rewards[:, scored]
+
+
+def load_rewards(path, data, num_rows, flag):
+    """The Oracles' rewards of a preference file: (K, N, 2), chosen and rejected; NaN where precompute_rewards.py had none."""
+    try:
+        file = torch.load(path, weights_only=True)
+        rewards, data_sha256 = torch.stack([file["chosen"], file["rejected"]], dim=-1).float(), file["data_sha256"]
+        assert rewards.ndim == 3 and len(rewards) > 0, f"its rewards have shape {tuple(rewards.shape)}, not (K, N, 2)"
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        fail(f"{flag} {path}: no rewards of preference pairs ({error!r:.100}); write it by precompute_rewards.py --data {data}")
+    with open(data, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if data_sha256 != sha256 or rewards.shape[1] != num_rows:
+        fail(f"{flag} {path} holds the rewards of {rewards.shape[1]} rows with sha256 {data_sha256}, but {data} has {num_rows} "
+             f"rows with sha256 {sha256}; run precompute_rewards.py --data {data} again")
+    return rewards
+
+
+def encode_pairs(tokenizer, rows, max_length, path):
+    """(pairs, kept): token ids (prompt, chosen, rejected) of the rows that fit in max_length, and their row numbers."""
+    pairs, kept = [], []
+    for number, row in enumerate(tqdm(rows, "tokenising", disable=dist.get_rank() > 0)):
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        chosen, rejected = encode_response(tokenizer, row["chosen"]), encode_response(tokenizer, row["rejected"])
+        if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
+            pairs.append([np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)])
+            kept.append(number)
+    if not pairs:
+        fail(f"{path}: all {len(rows)} pairs have more than --max_length {max_length} tokens; raise it")
+    if dist.get_rank() == 0:
+        print(f"{path}: {len(pairs)} pairs, {len(rows) - len(pairs)} over --max_length {max_length} tokens dropped")
+    return pairs, np.array(kept)
+
+
+def batches(lengths, batch_size, seed):
+    """Endless optimizer batches, arrays of row numbers: each a random sample of its epoch, longest row first, so that
+    micro-batches cut from it hold rows of similar length."""
+    for epoch in itertools.count():
+        order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
+        for batch in order[:len(order) // batch_size * batch_size].reshape(-1, batch_size):
+            yield batch[np.argsort(-lengths[batch], kind="stable")]
+
+
+# ---- training ---------------------------------------------------------------------------------------------------------
+
+
+def main():
+    args = parse_args()
+    device, rank, world_size = init_process()
+    args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // world_size))
+    if args.batch_size % (args.micro_batch_size * world_size):
+        fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x {world_size} "
+             "processes")
+
+    # ---- model and data
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    lm = load_model(args.model, tokenizer.pad_token_id)
+    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
+    pairs, oracle = load_split(args.data, args.oracle_rewards, "--oracle_rewards", args, tokenizer)
+    eval_pairs, eval_oracle = [], None
+    if args.eval_data:
+        eval_pairs, eval_oracle = load_split(args.eval_data, args.eval_oracle_rewards, "--eval_oracle_rewards", args, tokenizer,
+                                              args.eval_rows)
+    if len(pairs) < args.batch_size:
+        fail(f"{args.data}: {len(pairs)} pairs are fewer than --batch_size {args.batch_size}; lower it")
+    lengths = np.array([sum(map(len, pair)) for pair in pairs])
+    response_lengths, eval_response_lengths = (torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in split])
+                                               for split in (pairs, eval_pairs))  # tokens, EOS included
+    max_steps = args.max_steps or (max(1, int(args.epochs * len(pairs) / args.batch_size)) if args.epochs else 1000)
+    if rank == 0:
+        print(f"{max_steps} steps of {args.batch_size}: {max_steps * args.batch_size / len(pairs):.2f} epochs, "
+              f"{args.warmup_steps} steps of warm-up")
+
+    # ---- head and engine
+    if args.loss == "drdo" and args.student_rewards == "head":
+        add_head(lm)
+    if args.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine = make_engine(PairModel(lm), args, device, max_steps)
+    to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
+    check_layout(engine.module, to_batch([pairs[lengths.argmax()]]), args.model)
+    step, run = start_run(engine, args)
+    reference, eval_reference = reference_logps(engine.module, [pairs, eval_pairs], args, to_batch)
+
+    # ---- training
+    window, tokens, start = [], 0, time.time()
+    steps = itertools.islice(batches(lengths, args.batch_size, args.seed), step, max_steps)
+    for batch in tqdm(steps, f"align {args.loss}", initial=step, total=max_steps, disable=rank > 0):
+        for micro in batch.reshape(-1, world_size, args.micro_batch_size)[:, rank]:
+            logps, rewards = engine(**to_batch([pairs[i] for i in micro]))
+            loss, metrics = loss_and_metrics(args, logps, rewards, reference[micro].to(device), oracle[:, micro].to(device),
+                                             response_lengths[micro].to(device))
+            engine.backward(loss.mean())
+            engine.step()
+            window.append(metrics)
+        step += 1
+        tokens += lengths[batch].sum()
+
+        if step == 1 or step % args.log_steps == 0 or step == max_steps:
+            metrics = gather(window)
+            ratio = {"oracle_student_std_ratio": spread_ratio(metrics, args)} if step == 1 and args.loss == "drdo" else {}
+            log(args, step, metrics, epoch=step * args.batch_size / len(pairs), **speed(tokens, start, device), **ratio,
+                grad_norm=float(engine.get_global_grad_norm()),
+                learning_rate=args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps))
+            window, tokens, start = [], 0, time.time()
+        if eval_pairs and (step % args.eval_steps == 0 or step == max_steps):
+            logps, rewards = score_all(engine.module, eval_pairs, args.micro_batch_size, to_batch, "evaluating")
+            _, metrics = loss_and_metrics(args, logps, rewards, eval_reference, eval_oracle, eval_response_lengths)
+            log(args, step, metrics, "eval_")
+            tokens, start = 0, time.time()
+        if args.save_steps and step % args.save_steps == 0:
+            save_checkpoint(engine, args, step, run)
+    save_model(lm, tokenizer, args)
+    dist.destroy_process_group()
+
+
+def add_head(lm):
+    """Gives the LM a linear reward head `score`, as AutoModelForSequenceClassification has it: one folder loads as both."""
+    width = lm.get_output_embeddings().weight.shape[1]  # OPT's hidden states leave it projected to this width
+    lm.score = torch.nn.Linear(width, 1, bias=False)
+    torch.nn.init.normal_(lm.score.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, arXiv 2009.01325
+    lm.config.num_labels = 1
+
+
+@torch.no_grad()
+def score_all(model, pairs, micro_batch_size, to_batch, description):
+    """(logps, rewards) of all pairs, (N, 2) each, on the CPU: sorted by length, shared out among the processes."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    scores = torch.zeros(2, len(pairs), 2, device=next(model.parameters()).device)
+    order = np.argsort([-sum(map(len, pair)) for pair in pairs], kind="stable")
+    micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+    for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0, leave=False):
+        logps, rewards = model(**to_batch([pairs[i] for i in micro]))
+        scores[0, micro] = logps
+        scores[1, micro] = 0.0 if rewards is None else rewards
+    dist.all_reduce(scores)
+    return scores.cpu()
+
+
+def reference_logps(model, splits, args, to_batch):
+    """The reference's log pi(y|x) of each split's pairs, (N, 2) each: the policy's own before its first step, taken once
+    and kept in <out>/reference.pt. DRDO has none (but as --student_rewards log_ratio): zeros that nothing reads."""
+    path = f"{args.out}/reference.pt"
+    if args.loss == "drdo" and args.student_rewards != "log_ratio":
+        return [torch.zeros(len(pairs), 2) for pairs in splits]
+    if args.resume:  # the policy has moved since
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception as error:
+            fail(f"--resume: {path} is not there or damaged ({error!r:.100}); start without --resume")
+    logps = [score_all(model, pairs, args.micro_batch_size, to_batch, "reference")[0] for pairs in splits]
+    if dist.get_rank() == 0:
+        torch.save(logps, path + ".partial")
+        os.replace(path + ".partial", path)
+    return logps
+
+
+def spread_ratio(metrics, args):
+    """std of the Oracle's reward differences over std of the student's, on the first batch: how loud the teacher is."""
+    ratio = (metrics["oracle/margins"].std() / metrics["rewards/margins"].std()).item()
+    if args.student_rewards == "logps" and ratio < 5 and dist.get_rank() == 0:
+        tqdm.write(f"warning: the Oracle's differences spread {ratio:.2f} times as wide as the student's; where that is below "
+                   f"about 5 the policy learns to flatten its log-probs. Lower --beta {args.beta}", file=sys.stderr)
+    return ratio
+
+
+# ---- what the stages do alike, copied to the letter -------------------------------------------------------------------
 
 
 def fail(message):
@@ -131,7 +425,8 @@ def init_process():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     elif "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
-        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))))
+        here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return device, dist.get_rank(), dist.get_world_size()
@@ -141,7 +436,8 @@ def read_jsonl(path, *keys):
     """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
     def is_prompt(value):
         return bool(value) and (isinstance(value, str) or isinstance(value, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in value))
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in value))
 
     rows = []
     try:
@@ -220,193 +516,6 @@ def encode_response(tokenizer, response):
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
-def encode_pairs(tokenizer, rows, max_length, path):
-    """(pairs, kept): token ids (prompt, chosen, rejected) of the rows that fit in max_length, and their row numbers."""
-    pairs, kept = [], []
-    for number, row in enumerate(tqdm(rows, "tokenising", disable=dist.get_rank() > 0)):
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        chosen, rejected = encode_response(tokenizer, row["chosen"]), encode_response(tokenizer, row["rejected"])
-        if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
-            pairs.append([np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)])
-            kept.append(number)
-    if not pairs:
-        fail(f"{path}: all {len(rows)} pairs have more than --max_length {max_length} tokens; raise it")
-    if dist.get_rank() == 0:
-        print(f"{path}: {len(pairs)} pairs, {len(rows) - len(pairs)} over --max_length {max_length} tokens dropped")
-    return pairs, np.array(kept)
-
-
-def collate(pairs, pad_token_id, device):
-    """A batch of rows [prompt | chosen | rejected], padded right: what PairModel takes, integer tensors.
-
-    Returns input_ids, position_ids, segments, previous: (B, T), and last: (B, 2). Positions of both responses go on
-    from the prompt's. `segments` is 0 in the prompt, 1 in chosen, 2 in rejected, -1 in padding; `previous` the position
-    whose hidden state predicts a token; `last` the positions of the two EOS.
-    """
-    width = max(sum(map(len, pair)) for pair in pairs)
-    shape = (len(pairs), width)
-    input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
-    position_ids, previous, last = np.zeros(shape, int), np.zeros(shape, int), np.zeros((len(pairs), 2), int)
-    for i, (prompt, chosen, rejected) in enumerate(pairs):
-        p, c, r = len(prompt), len(chosen), len(rejected)
-        input_ids[i, :p + c + r] = np.concatenate([prompt, chosen, rejected])
-        segments[i, :p + c + r] = np.repeat([0, 1, 2], [p, c, r])
-        position_ids[i, :p + c + r] = np.concatenate([np.arange(p + c), np.arange(p, p + r)])
-        previous[i, 1:] = np.arange(width - 1)
-        previous[i, p + c] = p - 1  # the first rejected token follows the prompt, not chosen's EOS
-        last[i] = p + c - 1, p + c + r - 1
-    batch = dict(input_ids=input_ids, position_ids=position_ids, segments=segments, previous=previous, last=last)
-    return {name: torch.as_tensor(array, device=device) for name, array in batch.items()}
-
-
-def pair_mask(segments):
-    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column): causal, and of the two responses
-    each sees the prompt and itself. Padding sees padding, for a query with no key at all is NaN."""
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    query, key = segments[:, :, None], segments[:, None, :]
-    return (causal & ((key == 0) | (key == query)))[:, None]
-
-
-class PairModel(torch.nn.Module):
-    """A causal LM (with a reward head `score`, or without) that scores both responses of a pair in one row."""
-
-    def __init__(self, lm):
-        super().__init__()
-        self.lm = lm
-
-    def forward(self, input_ids, position_ids, segments, previous, last, scored=2):
-        """(logps, rewards) of (chosen, rejected), (B, 2) each: log-probs of the first `scored` responses only, 0 for the
-        others; rewards is None without a head."""
-        hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=pair_mask(segments),
-                                    use_cache=False).last_hidden_state  # (B, T, H)
-        logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids,
-                               segments.where(segments <= scored, 0), previous)
-        rewards = last_token_rewards(hidden, self.lm.score.weight, last) if hasattr(self.lm, "score") else None
-        return logps, rewards
-
-
-@torch.no_grad()
-def check_layout(model, batch, folder):
-    """Fails where the model's own forward, on prompt + response alone, gives a pair other log-probs than one row does:
-    a model that ignores 4D masks, slides a window shorter than the pair, or scales its logits. `batch` holds one pair."""
-    logps, _ = model(**batch)
-    tolerance = 1e-3 if next(model.parameters()).dtype.itemsize >= 4 else 0.05  # a token; bf16 keeps 8 bits
-    for number, logp in enumerate(logps[0], 1):
-        prompt, response = batch["input_ids"][batch["segments"] == 0], batch["input_ids"][batch["segments"] == number]
-        logits = model.lm(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
-        own = logits.float().log_softmax(-1).gather(-1, response[:, None]).sum()
-        if abs(own - logp) > tolerance * len(response):
-            fail(f"{folder}: log pi(y|x) of a response is {own:.2f} by the model's own forward and {logp:.2f} in a row of pairs; "
-                 "this model type cannot be trained here, or not with this --max_length")
-
-
-def batches(lengths, batch_size, seed):
-    """Endless optimizer batches, arrays of row numbers: each a random sample of its epoch, longest row first, so that
-    micro-batches cut from it hold rows of similar length."""
-    for epoch in itertools.count():
-        order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
-        for batch in order[:len(order) // batch_size * batch_size].reshape(-1, batch_size):
-            yield batch[np.argsort(-lengths[batch], kind="stable")]
-
-
-@torch.no_grad()
-def score_all(model, pairs, micro_batch_size, to_batch, description):
-    """(logps, rewards) of all pairs, (N, 2) each, on the CPU: sorted by length, shared out among the processes."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    scores = torch.zeros(2, len(pairs), 2, device=next(model.parameters()).device)
-    order = np.argsort([-sum(map(len, pair)) for pair in pairs], kind="stable")
-    micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
-    for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0, leave=False):
-        logps, rewards = model(**to_batch([pairs[i] for i in micro]))
-        scores[0, micro] = logps
-        scores[1, micro] = 0.0 if rewards is None else rewards
-    dist.all_reduce(scores)
-    return scores.cpu()
-
-
-def load_rewards(path, data, num_rows, flag):
-    """The Oracles' rewards of a preference file: (K, N, 2), chosen and rejected; NaN where precompute_rewards.py had none."""
-    try:
-        file = torch.load(path, weights_only=True)
-        rewards, data_sha256 = torch.stack([file["chosen"], file["rejected"]], dim=-1).float(), file["data_sha256"]
-        assert rewards.ndim == 3 and len(rewards) > 0, f"its rewards have shape {tuple(rewards.shape)}, not (K, N, 2)"
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        fail(f"{flag} {path}: no rewards of preference pairs ({error!r:.100}); write it by precompute_rewards.py --data {data}")
-    with open(data, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if data_sha256 != sha256 or rewards.shape[1] != num_rows:
-        fail(f"{flag} {path} holds the rewards of {rewards.shape[1]} rows with sha256 {data_sha256}, but {data} has {num_rows} "
-             f"rows with sha256 {sha256}; run precompute_rewards.py --data {data} again")
-    return rewards
-
-
-def load_split(path, rewards_path, flag, args, tokenizer, limit=0):
-    """Pairs of a preference file (of its first `limit` rows) and their Oracle rewards, (K, N, 2), NaN where none are given."""
-    rows = read_jsonl(path, "prompt", "chosen", "rejected")
-    rewards = load_rewards(rewards_path, path, len(rows), flag) if rewards_path and args.loss in ("drdo", "edpo") else None
-    pairs, kept = encode_pairs(tokenizer, rows[:limit or None], args.max_length, path)
-    if rewards is None:
-        return pairs, torch.full((1, len(pairs), 2), math.nan)
-    rewards = rewards[:, kept]
-    scored = rewards.isfinite().all(2).all(0)  # (N,)
-    if dist.get_rank() == 0 and not scored.all():
-        print(f"{path}: {int((~scored).sum())} pairs without rewards dropped; precompute_rewards.py has a --max_length too")
-    return [pair for pair, keep in zip(pairs, scored) if keep], rewards[:, scored]
-
-
-def loss_and_metrics(args, logps, rewards, reference, oracle, lengths):
-    """The loss of each pair, (B,), and what is logged of each pair, a dict of (B,).
-
-    logps, rewards: the policy's log pi(y|x) and head rewards of (chosen, rejected), (B, 2); reference: the reference's
-    log pi(y|x), (B, 2); oracle: the Oracles' rewards, (K, B, 2); lengths: tokens of (chosen, rejected), (B, 2).
-    """
-    oracle = args.oracle_scale * oracle
-    student = args.beta * (logps - reference)  # DPO's implicit reward
-    if args.loss == "drdo":
-        if args.student_rewards != "log_ratio":
-            student = rewards if args.student_rewards == "head" else args.beta * logps
-        z = logps if args.p_w == "sum" else logps / lengths
-        preference_logits = z[:, 0] - z[:, 1]
-        if args.detach_focal:
-            preference_logits = preference_logits.detach()
-        loss = drdo_loss(*logps.unbind(1), *student.unbind(1), *oracle.mean(0).unbind(1), args.alpha, args.gamma, preference_logits)
-    elif args.loss == "dpo":
-        loss = dpo_loss(*logps.unbind(1), *reference.unbind(1), args.beta)
-    elif args.loss == "edpo":
-        loss = edpo_loss(*logps.unbind(1), *reference.unbind(1), *oracle.unbind(2), args.beta, args.ensemble)
-    else:  # IPO, (log ratio - 1 / (2 beta))^2: the regression on a reward difference of 1/2
-        loss = (student[:, 0] - student[:, 1] - 0.5) ** 2 / args.beta**2
-    loss = loss - args.nll_coef * logps[:, 0]
-
-    margins = student[:, 0] - student[:, 1]
-    metrics = {"loss": loss, "rewards/chosen": student[:, 0], "rewards/rejected": student[:, 1],
-               "rewards/accuracies": (margins > 0).float(), "rewards/margins": margins,
-               "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1], "response_length": lengths.float().mean(1)}
-    if args.loss in ("drdo", "edpo"):
-        metrics["oracle/margins"] = (oracle[..., 0] - oracle[..., 1]).mean(0)
-    if args.loss == "drdo":  # Eq. 6's two terms apart, alpha included, and how much of the preference is left to learn
-        metrics["loss/distillation"] = distillation_loss(*student.unbind(1), *oracle.mean(0).unbind(1))
-        metrics["loss/contrastive"] = args.alpha * contrastive_loss(*logps.unbind(1), args.gamma, preference_logits)
-        metrics["p_w"] = torch.sigmoid(preference_logits)
-    return loss, {name: value.detach() for name, value in metrics.items()}
-
-
-def gather(window):
-    """What every process logged of its pairs, a list of dicts of (B,) on each -> one dict of (pairs,) on the CPU."""
-    here = {name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
-    everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, here)
-    return {name: torch.cat([part[name] for part in everywhere]) for name in here}
-
-
-def add_head(lm):
-    """Gives the LM a linear reward head `score`, as AutoModelForSequenceClassification has it: one folder loads as both."""
-    width = lm.get_output_embeddings().weight.shape[1]  # OPT's hidden states leave it projected to this width
-    lm.score = torch.nn.Linear(width, 1, bias=False)
-    torch.nn.init.normal_(lm.score.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, arXiv 2009.01325
-    lm.config.num_labels = 1
-
-
 def make_engine(model, args, device, max_steps):
     """DeepSpeed's engine around the model: AdamW, linear warm-up and cosine to 0, and what --deepspeed_config says."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -417,14 +526,16 @@ def make_engine(model, args, device, max_steps):
     try:
         with open(args.deepspeed_config) as file:
             config = json.load(file)
-        config.update(train_batch_size=args.batch_size, train_micro_batch_size_per_gpu=args.micro_batch_size, steps_per_print=2**31)
+        config.update(train_batch_size=args.batch_size, train_micro_batch_size_per_gpu=args.micro_batch_size,
+                      steps_per_print=2**31)
         if device.type == "cpu":
             config["bf16"] = {"enabled": False}  # 3 times slower than fp32 there
         if config["zero_optimization"]["stage"] not in (1, 2):  # 3 leaves no whole model to read a head from, or to save
             raise ValueError("zero_optimization.stage must be 1 or 2")
         return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
     except Exception as error:
-        fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json beside this script")
+        fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json that "
+             "stands beside this script")
 
 
 def schedule_factor(step, warmup_steps, max_steps):
@@ -434,31 +545,12 @@ def schedule_factor(step, warmup_steps, max_steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
 
 
-def reference_logps(model, splits, args, to_batch):
-    """The reference's log pi(y|x) of each split's pairs, (N, 2) each: the policy's own before its first step, taken once
-    and kept in <out>/reference.pt. DRDO has none (but as --student_rewards log_ratio): zeros that nothing reads."""
-    path = f"{args.out}/reference.pt"
-    if args.loss == "drdo" and args.student_rewards != "log_ratio":
-        return [torch.zeros(len(pairs), 2) for pairs in splits]
-    if args.resume:  # the policy has moved since
-        try:
-            return torch.load(path, weights_only=True)
-        except Exception as error:
-            fail(f"--resume: {path} is not there or damaged ({error!r:.100}); start without --resume")
-    logps = [score_all(model, pairs, args.micro_batch_size, to_batch, "reference")[0] for pairs in splits]
-    if dist.get_rank() == 0:
-        torch.save(logps, path + ".partial")
-        os.replace(path + ".partial", path)
-    return logps
-
-
-def spread_ratio(metrics, args):
-    """std of the Oracle's reward differences over std of the student's, on the first batch: how loud the teacher is."""
-    ratio = (metrics["oracle/margins"].std() / metrics["rewards/margins"].std()).item()
-    if args.student_rewards == "logps" and ratio < 5 and dist.get_rank() == 0:
-        tqdm.write(f"warning: the Oracle's differences spread {ratio:.2f} times as wide as the student's; where that is below "
-                   f"about 5 the policy learns to flatten its log-probs. Lower --beta {args.beta}", file=sys.stderr)
-    return ratio
+def gather(window):
+    """What every process logged of its pairs, a list of dicts of (B,) on each -> one dict of (pairs,) on the CPU."""
+    here = {name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    return {name: torch.cat([part[name] for part in everywhere]) for name in here}
 
 
 def start_run(engine, args):
@@ -503,7 +595,8 @@ def log(args, step, metrics, prefix="", **figures):
 
 def speed(tokens, start, device):
     """Tokens a second since `start`, and the most memory this process has held: the GPU's, or else what is resident."""
-    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident
     return {"tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
 
 
@@ -527,75 +620,6 @@ def save_model(lm, tokenizer, args):
             os.replace(f"{partial}/{name}", f"{args.out}/{name}")
         os.rmdir(partial)
         print(f"{args.out}: model, tokenizer, args.json and log.jsonl written")
-
-
-def main():
-    args = parse_args()
-    device, rank, world_size = init_process()
-    args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // world_size))
-    if args.batch_size % (args.micro_batch_size * world_size):
-        fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x {world_size} processes")
-
-    # ---- model and data
-    torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
-    lm = load_model(args.model, tokenizer.pad_token_id)
-    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
-    pairs, oracle = load_split(args.data, args.oracle_rewards, "--oracle_rewards", args, tokenizer)
-    eval_pairs, eval_oracle = [], None
-    if args.eval_data:
-        eval_pairs, eval_oracle = load_split(args.eval_data, args.eval_oracle_rewards, "--eval_oracle_rewards", args, tokenizer,
-                                              args.eval_rows)
-    if len(pairs) < args.batch_size:
-        fail(f"{args.data}: {len(pairs)} pairs are fewer than --batch_size {args.batch_size}; lower it")
-    lengths = np.array([sum(map(len, pair)) for pair in pairs])
-    response_lengths, eval_response_lengths = (torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in split])
-                                               for split in (pairs, eval_pairs))  # tokens, EOS included
-    max_steps = args.max_steps or (max(1, int(args.epochs * len(pairs) / args.batch_size)) if args.epochs else 1000)
-    if rank == 0:
-        print(f"{max_steps} steps of {args.batch_size}: {max_steps * args.batch_size / len(pairs):.2f} epochs, "
-              f"{args.warmup_steps} steps of warm-up")
-
-    # ---- head and engine
-    if args.loss == "drdo" and args.student_rewards == "head":
-        add_head(lm)
-    if args.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine = make_engine(PairModel(lm), args, device, max_steps)
-    to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
-    check_layout(engine.module, to_batch([pairs[lengths.argmax()]]), args.model)
-    step, run = start_run(engine, args)
-    reference, eval_reference = reference_logps(engine.module, [pairs, eval_pairs], args, to_batch)
-
-    # ---- training
-    window, tokens, start = [], 0, time.time()
-    steps = itertools.islice(batches(lengths, args.batch_size, args.seed), step, max_steps)
-    for batch in tqdm(steps, f"align {args.loss}", initial=step, total=max_steps, disable=rank > 0):
-        for micro in batch.reshape(-1, world_size, args.micro_batch_size)[:, rank]:
-            logps, rewards = engine(**to_batch([pairs[i] for i in micro]))
-            loss, metrics = loss_and_metrics(args, logps, rewards, reference[micro].to(device), oracle[:, micro].to(device),
-                                             response_lengths[micro].to(device))
-            engine.backward(loss.mean())
-            engine.step()
-            window.append(metrics)
-        step += 1
-        tokens += lengths[batch].sum()
-
-        if step == 1 or step % args.log_steps == 0 or step == max_steps:
-            metrics = gather(window)
-            ratio = {"oracle_student_std_ratio": spread_ratio(metrics, args)} if step == 1 and args.loss == "drdo" else {}
-            log(args, step, metrics, epoch=step * args.batch_size / len(pairs), **speed(tokens, start, device), **ratio,
-                grad_norm=float(engine.get_global_grad_norm()),
-                learning_rate=args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps))
-            window, tokens, start = [], 0, time.time()
-        if eval_pairs and (step % args.eval_steps == 0 or step == max_steps):
-            logps, rewards = score_all(engine.module, eval_pairs, args.micro_batch_size, to_batch, "evaluating")
-            log(args, step, loss_and_metrics(args, logps, rewards, eval_reference, eval_oracle, eval_response_lengths)[1], "eval_")
-            tokens, start = 0, time.time()
-        if args.save_steps and step % args.save_steps == 0:
-            save_checkpoint(engine, args, step, run)
-    save_model(lm, tokenizer, args)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def read_jsonl(path, *keys):
     """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
     def is_prompt(value):
         return bool(value) and (isinstance(value, str) or isinstance(value, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in value))
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in value))
 
     rows = []
     try:

@@ -77,151 +77,26 @@ def parse_args():
     return args
 
 
-def fail(message):
-    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+# ---- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def check_flags(args, folder, *may_be_zero):
-    """Fails where a flag's number is not above 0 and finite (those named in `may_be_zero` may be 0), or where the folder that
-    the run writes to cannot be made and written: before the run is paid for."""
-    for name, values in vars(args).items():
-        for value in values if isinstance(values, list) else [values]:
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
-                fail(f"--{name} {value}: give a number {'of 0 or more' if name in may_be_zero else 'above 0'}")
-    try:
-        os.makedirs(folder or ".", exist_ok=True)
-        if not os.access(folder or ".", os.W_OK):
-            raise PermissionError("it cannot be written")
-    except OSError as error:
-        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
+def loss_and_metrics(args, logps, rewards, lengths):
+    """Eq. 5 of each pair, (B,), and what is logged of each pair, a dict of (B,).
+
+    logps, rewards: log pi(y|x) and rewards of (chosen, rejected), (B, 2); lengths: tokens of chosen, (B,).
+    """
+    lm_term = logps[:, 0] / lengths if args.lm_term == "mean" else logps[:, 0]
+    loss = oracle_loss(rewards[:, 0], rewards[:, 1], lm_term, args.alpha)
+    margins = rewards[:, 0] - rewards[:, 1]
+    metrics = {"loss": loss, "loss/bradley_terry": oracle_loss(rewards[:, 0], rewards[:, 1], None, alpha=0),
+               "rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1],
+               "rewards/accuracies": (margins > 0).float(), "rewards/margins": margins}
+    if args.alpha:
+        metrics["logps/chosen"] = logps[:, 0]
+    return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def init_process():
-    """Joins the processes that `deepspeed` started, or is the only one under `python`; returns (device, rank, world size)."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    if "RANK" not in os.environ:
-        os.environ.update(alone)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()  # it would report score.weight as unexpected; missing weights end the run below
-    # DeepSpeed would compile a C++ all-reduce for CPUs here, and crash where there is no compiler; gloo does it too
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    elif "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
-        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))))
-    deepspeed.init_distributed(verbose=False)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return device, dist.get_rank(), dist.get_world_size()
-
-
-def read_jsonl(path, *keys):
-    """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
-    def is_prompt(value):
-        return bool(value) and (isinstance(value, str) or isinstance(value, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in value))
-
-    rows = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line")
-                for key in keys:
-                    value = row.get(key) if isinstance(row, dict) else None
-                    if not (is_prompt(value) if key == "prompt" else isinstance(value, str)):
-                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}, and a `prompt` of "
-                             "messages a `role` and a `content` in each")
-                rows.append(row)
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot read it ({error}); name an existing UTF-8 JSONL file")
-    return rows or fail(f"{path}: it holds no rows")
-
-
-def load_tokenizer(folder):
-    """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        fail(f"{folder}: no tokenizer there ({error!r:.150}); give a model folder or a hub name")
-    if tokenizer.eos_token_id is None:
-        fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
-        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
-        others = [token for token in others if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
-        tokenizer.pad_token = others[0] if others else fail(
-            f"{folder}: its tokenizer has no pad token apart from EOS; set `pad_token` in its tokenizer_config.json")
-    return tokenizer
-
-
-def load_model(folder, pad_token_id):
-    """The folder's causal LM in fp32 (DeepSpeed casts it), with SDPA attention and without dropout."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):  # OPT's dropout is functional: only the config turns it off
-                setattr(config, name, 0.0)
-        config.pad_token_id = pad_token_id
-        model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
-                                                           attn_implementation="sdpa", output_loading_info=True)
-    except Exception as error:
-        fail(f"--model {folder}: no causal LM there ({error!r:.150}); give a model folder or a hub name")
-    if info["missing_keys"]:
-        fail(f"--model {folder}: its weights lack {sorted(info['missing_keys'])[0]}; give the folder of a whole causal LM")
-    model.get_input_embeddings().padding_idx = None  # a pad token that is a word too, as BOS, learns like any other
-    return model.train()
-
-
-def add_head(lm):
-    """Gives the LM a linear reward head `score`, as AutoModelForSequenceClassification has it: one folder loads as both."""
-    width = lm.get_output_embeddings().weight.shape[1]  # OPT's hidden states leave it projected to this width
-    lm.score = torch.nn.Linear(width, 1, bias=False)
-    torch.nn.init.normal_(lm.score.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, arXiv 2009.01325
-    lm.config.num_labels = 1
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template where there is one, else its text after one BOS."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # jinja's, or the template's own
-            fail(f"the tokenizer's chat template refuses the prompt {str(prompt):.80} ({error!r:.100}); mend or drop that row")
-    if not isinstance(prompt, str):
-        names = {"user": "Human", "assistant": "Assistant"}
-        turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
-        prompt = "\n\n".join(turns + ["Assistant:\n"])
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + tokenizer(prompt, add_special_tokens=False).input_ids
-
-
-def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart, so that no token spans both; the space
-    that parts a response from a plain-text prompt has no place behind a chat template's."""
-    response = response.removeprefix(" ") if tokenizer.chat_template else response
-    return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-
-
-def encode_pairs(tokenizer, rows, max_length, path):
-    """(pairs, kept): token ids (prompt, chosen, rejected) of the rows that fit in max_length, and their row numbers."""
-    pairs, kept = [], []
-    for number, row in enumerate(tqdm(rows, "tokenising", disable=dist.get_rank() > 0)):
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        chosen, rejected = encode_response(tokenizer, row["chosen"]), encode_response(tokenizer, row["rejected"])
-        if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
-            pairs.append([np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)])
-            kept.append(number)
-    if not pairs:
-        fail(f"{path}: all {len(rows)} pairs have more than --max_length {max_length} tokens; raise it")
-    if dist.get_rank() == 0:
-        print(f"{path}: {len(pairs)} pairs, {len(rows) - len(pairs)} over --max_length {max_length} tokens dropped")
-    return pairs, np.array(kept)
+# ---- a pair in one row ------------------------------------------------------------------------------------------------
 
 
 def collate(pairs, pad_token_id, device):
@@ -284,8 +159,27 @@ def check_layout(model, batch, folder):
         logits = model.lm(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
         own = logits.float().log_softmax(-1).gather(-1, response[:, None]).sum()
         if abs(own - logp) > tolerance * len(response):
-            fail(f"{folder}: log pi(y|x) of a response is {own:.2f} by the model's own forward and {logp:.2f} in a row of pairs; "
-                 "this model type cannot be trained here, or not with this --max_length")
+            fail(f"{folder}: log pi(y|x) of a response is {own:.2f} by the model's own forward and {logp:.2f} in a row of "
+                 "pairs; this model type cannot be trained here, or not with this --max_length")
+
+
+# ---- data -------------------------------------------------------------------------------------------------------------
+
+
+def encode_pairs(tokenizer, rows, max_length, path):
+    """(pairs, kept): token ids (prompt, chosen, rejected) of the rows that fit in max_length, and their row numbers."""
+    pairs, kept = [], []
+    for number, row in enumerate(tqdm(rows, "tokenising", disable=dist.get_rank() > 0)):
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        chosen, rejected = encode_response(tokenizer, row["chosen"]), encode_response(tokenizer, row["rejected"])
+        if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
+            pairs.append([np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)])
+            kept.append(number)
+    if not pairs:
+        fail(f"{path}: all {len(rows)} pairs have more than --max_length {max_length} tokens; raise it")
+    if dist.get_rank() == 0:
+        print(f"{path}: {len(pairs)} pairs, {len(rows) - len(pairs)} over --max_length {max_length} tokens dropped")
+    return pairs, np.array(kept)
 
 
 def batches(lengths, batch_size, seed):
@@ -297,138 +191,7 @@ def batches(lengths, batch_size, seed):
             yield batch[np.argsort(-lengths[batch], kind="stable")]
 
 
-@torch.no_grad()
-def score_all(model, pairs, micro_batch_size, to_batch, description):
-    """(logps, rewards) of all pairs, (N, 2) each, on the CPU: sorted by length, shared out among the processes."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    scores = torch.zeros(2, len(pairs), 2, device=next(model.parameters()).device)
-    order = np.argsort([-sum(map(len, pair)) for pair in pairs], kind="stable")
-    micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
-    for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0, leave=False):
-        logps, rewards = model(**to_batch([pairs[i] for i in micro]))
-        scores[0, micro] = logps
-        scores[1, micro] = 0.0 if rewards is None else rewards
-    dist.all_reduce(scores)
-    return scores.cpu()
-
-
-def gather(window):
-    """What every process logged of its pairs, a list of dicts of (B,) on each -> one dict of (pairs,) on the CPU."""
-    here = {name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
-    everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, here)
-    return {name: torch.cat([part[name] for part in everywhere]) for name in here}
-
-
-def make_engine(model, args, device, max_steps):
-    """DeepSpeed's engine around the model: AdamW, linear warm-up and cosine to 0, and what --deepspeed_config says."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=args.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, args.warmup_steps, max_steps))
-    try:
-        with open(args.deepspeed_config) as file:
-            config = json.load(file)
-        config.update(train_batch_size=args.batch_size, train_micro_batch_size_per_gpu=args.micro_batch_size, steps_per_print=2**31)
-        if device.type == "cpu":
-            config["bf16"] = {"enabled": False}  # 3 times slower than fp32 there
-        if config["zero_optimization"]["stage"] not in (1, 2):  # 3 leaves no whole model to read a head from, or to save
-            raise ValueError("zero_optimization.stage must be 1 or 2")
-        return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
-    except Exception as error:
-        fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json beside this script")
-
-
-def schedule_factor(step, warmup_steps, max_steps):
-    """The learning rate of step 0, 1, ... as a share of its peak: linear warm-up, then a cosine that ends at 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
-
-
-def start_run(engine, args):
-    """(step to start from, what the run is). Without --resume step 0; with it the last checkpoint's, whose weights and
-    optimizer are loaded and behind which log.jsonl is cut off. Writes <out>/args.json."""
-    with open(args.data, "rb") as file:
-        run = {**vars(args), "processes": dist.get_world_size(), "data_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    step, lines = 0, []
-    if args.resume:
-        try:
-            state = engine.load_checkpoint(f"{args.out}/checkpoint")[1]
-            step, before = state["step"], state["run"]
-            with open(f"{args.out}/log.jsonl") as file:
-                lines = [line for line in file if json.loads(line)["step"] <= step]
-        except Exception as error:
-            fail(f"--resume: cannot go on from {args.out}/checkpoint ({error!r:.200}); start without --resume")
-        for name, value in run.items():
-            if name not in ("resume", "local_rank", "log_steps", "eval_steps", "save_steps") and value != before[name]:
-                fail(f"--resume: {name} was {before[name]} and is now {value}; go on with what the checkpoint's run began with")
-    if dist.get_rank() == 0:
-        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
-        for name, text in ("args.json", json.dumps({**run, "versions": versions}, indent=2)), ("log.jsonl", "".join(lines)):
-            with open(f"{args.out}/{name}.partial", "w") as file:
-                file.write(text)
-            os.replace(f"{args.out}/{name}.partial", f"{args.out}/{name}")
-    return step, run
-
-
-def log(args, step, metrics, prefix="", **figures):
-    """Appends a line to <out>/log.jsonl and shows the gist of it, on rank 0: each metric's mean over pairs (of the held-out
-    ones without those that are NaN for want of Oracle rewards), and the figures. Ends the run where the loss is lost."""
-    line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
-                             if not (prefix and value.isnan().all())}, **figures}
-    if not math.isfinite(line.get("loss", 0.0)):
-        fail(f"step {step}: the loss is {line['loss']}; lower --learning_rate. {args.out}/checkpoint, if any, is as it was")
-    if dist.get_rank() == 0:
-        with open(f"{args.out}/log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-        tqdm.write(f"step {step}: " + ", ".join(f"{name} {line[name]:.4g}" for name in line if name.endswith(shown)))
-
-
-def speed(tokens, start, device):
-    """Tokens a second since `start`, and the most memory this process has held: the GPU's, or else what is resident."""
-    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
-
-
-def save_checkpoint(engine, args, step, run):
-    """Writes <out>/checkpoint/step<step>; the checkpoint before it goes once this one is whole."""
-    folder = f"{args.out}/checkpoint"
-    engine.save_checkpoint(folder, tag=f"step{step}", client_state={"step": step, "run": run})
-    if dist.get_rank() == 0:
-        for name in os.listdir(folder):
-            if name.startswith("step") and name != f"step{step}":
-                shutil.rmtree(f"{folder}/{name}")
-
-
-def save_model(lm, tokenizer, args):
-    """Writes model and tokenizer beside their place in <out>, then moves each file there; on rank 0."""
-    if dist.get_rank() == 0:
-        partial = f"{args.out}/partial"
-        lm.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        for name in os.listdir(partial):
-            os.replace(f"{partial}/{name}", f"{args.out}/{name}")
-        os.rmdir(partial)
-        print(f"{args.out}: model, tokenizer, args.json and log.jsonl written")
-
-
-def loss_and_metrics(args, logps, rewards, lengths):
-    """Eq. 5 of each pair, (B,), and what is logged of each pair, a dict of (B,).
-
-    logps, rewards: log pi(y|x) and rewards of (chosen, rejected), (B, 2); lengths: tokens of chosen, (B,).
-    """
-    lm_term = logps[:, 0] / lengths if args.lm_term == "mean" else logps[:, 0]
-    loss = oracle_loss(rewards[:, 0], rewards[:, 1], lm_term, args.alpha)
-    margins = rewards[:, 0] - rewards[:, 1]
-    metrics = {"loss": loss, "loss/bradley_terry": oracle_loss(rewards[:, 0], rewards[:, 1], None, alpha=0),
-               "rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1],
-               "rewards/accuracies": (margins > 0).float(), "rewards/margins": margins}
-    if args.alpha:
-        metrics["logps/chosen"] = logps[:, 0]
-    return loss, {name: value.detach() for name, value in metrics.items()}
+# ---- training ---------------------------------------------------------------------------------------------------------
 
 
 def main():
@@ -436,7 +199,8 @@ def main():
     device, rank, world_size = init_process()
     args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // world_size))
     if args.batch_size % (args.micro_batch_size * world_size):
-        fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x {world_size} processes")
+        fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x {world_size} "
+             "processes")
 
     # ---- model and data
     torch.manual_seed(args.seed)
@@ -495,6 +259,263 @@ def main():
             save_checkpoint(engine, args, step, run)
     save_model(lm, tokenizer, args)
     dist.destroy_process_group()
+
+
+def add_head(lm):
+    """Gives the LM a linear reward head `score`, as AutoModelForSequenceClassification has it: one folder loads as both."""
+    width = lm.get_output_embeddings().weight.shape[1]  # OPT's hidden states leave it projected to this width
+    lm.score = torch.nn.Linear(width, 1, bias=False)
+    torch.nn.init.normal_(lm.score.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, arXiv 2009.01325
+    lm.config.num_labels = 1
+
+
+@torch.no_grad()
+def score_all(model, pairs, micro_batch_size, to_batch, description):
+    """(logps, rewards) of all pairs, (N, 2) each, on the CPU: sorted by length, shared out among the processes."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    scores = torch.zeros(2, len(pairs), 2, device=next(model.parameters()).device)
+    order = np.argsort([-sum(map(len, pair)) for pair in pairs], kind="stable")
+    micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+    for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0, leave=False):
+        logps, rewards = model(**to_batch([pairs[i] for i in micro]))
+        scores[0, micro] = logps
+        scores[1, micro] = 0.0 if rewards is None else rewards
+    dist.all_reduce(scores)
+    return scores.cpu()
+
+
+# ---- what the stages do alike, copied to the letter -------------------------------------------------------------------
+
+
+def fail(message):
+    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_flags(args, folder, *may_be_zero):
+    """Fails where a flag's number is not above 0 and finite (those named in `may_be_zero` may be 0), or where the folder that
+    the run writes to cannot be made and written: before the run is paid for."""
+    for name, values in vars(args).items():
+        for value in values if isinstance(values, list) else [values]:
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+                fail(f"--{name} {value}: give a number {'of 0 or more' if name in may_be_zero else 'above 0'}")
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        if not os.access(folder or ".", os.W_OK):
+            raise PermissionError("it cannot be written")
+    except OSError as error:
+        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
+
+
+def init_process():
+    """Joins the processes that `deepspeed` started, or is the only one under `python`; returns (device, rank, world size)."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()  # it would report score.weight as unexpected; missing weights end the run below
+    # DeepSpeed would compile a C++ all-reduce for CPUs here, and crash where there is no compiler; gloo does it too
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
+        here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
+    deepspeed.init_distributed(verbose=False)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def read_jsonl(path, *keys):
+    """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
+    def is_prompt(value):
+        return bool(value) and (isinstance(value, str) or isinstance(value, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in value))
+
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line")
+                for key in keys:
+                    value = row.get(key) if isinstance(row, dict) else None
+                    if not (is_prompt(value) if key == "prompt" else isinstance(value, str)):
+                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}, and a `prompt` of "
+                             "messages a `role` and a `content` in each")
+                rows.append(row)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: cannot read it ({error}); name an existing UTF-8 JSONL file")
+    return rows or fail(f"{path}: it holds no rows")
+
+
+def load_tokenizer(folder):
+    """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        fail(f"{folder}: no tokenizer there ({error!r:.150}); give a model folder or a hub name")
+    if tokenizer.eos_token_id is None:
+        fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
+        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
+        others = [token for token in others if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
+        tokenizer.pad_token = others[0] if others else fail(
+            f"{folder}: its tokenizer has no pad token apart from EOS; set `pad_token` in its tokenizer_config.json")
+    return tokenizer
+
+
+def load_model(folder, pad_token_id):
+    """The folder's causal LM in fp32 (DeepSpeed casts it), with SDPA attention and without dropout."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):  # OPT's dropout is functional: only the config turns it off
+                setattr(config, name, 0.0)
+        config.pad_token_id = pad_token_id
+        model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
+                                                           attn_implementation="sdpa", output_loading_info=True)
+    except Exception as error:
+        fail(f"--model {folder}: no causal LM there ({error!r:.150}); give a model folder or a hub name")
+    if info["missing_keys"]:
+        fail(f"--model {folder}: its weights lack {sorted(info['missing_keys'])[0]}; give the folder of a whole causal LM")
+    model.get_input_embeddings().padding_idx = None  # a pad token that is a word too, as BOS, learns like any other
+    return model.train()
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, text or messages: by the chat template where there is one, else its text after one BOS."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # jinja's, or the template's own
+            fail(f"the tokenizer's chat template refuses the prompt {str(prompt):.80} ({error!r:.100}); mend or drop that row")
+    if not isinstance(prompt, str):
+        names = {"user": "Human", "assistant": "Assistant"}
+        turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
+        prompt = "\n\n".join(turns + ["Assistant:\n"])
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + tokenizer(prompt, add_special_tokens=False).input_ids
+
+
+def encode_response(tokenizer, response):
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart, so that no token spans both; the space
+    that parts a response from a plain-text prompt has no place behind a chat template's."""
+    response = response.removeprefix(" ") if tokenizer.chat_template else response
+    return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+
+def make_engine(model, args, device, max_steps):
+    """DeepSpeed's engine around the model: AdamW, linear warm-up and cosine to 0, and what --deepspeed_config says."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
+                                   {"params": others, "weight_decay": 0.0}], lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, args.warmup_steps, max_steps))
+    try:
+        with open(args.deepspeed_config) as file:
+            config = json.load(file)
+        config.update(train_batch_size=args.batch_size, train_micro_batch_size_per_gpu=args.micro_batch_size,
+                      steps_per_print=2**31)
+        if device.type == "cpu":
+            config["bf16"] = {"enabled": False}  # 3 times slower than fp32 there
+        if config["zero_optimization"]["stage"] not in (1, 2):  # 3 leaves no whole model to read a head from, or to save
+            raise ValueError("zero_optimization.stage must be 1 or 2")
+        return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    except Exception as error:
+        fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json that "
+             "stands beside this script")
+
+
+def schedule_factor(step, warmup_steps, max_steps):
+    """The learning rate of step 0, 1, ... as a share of its peak: linear warm-up, then a cosine that ends at 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
+
+
+def gather(window):
+    """What every process logged of its pairs, a list of dicts of (B,) on each -> one dict of (pairs,) on the CPU."""
+    here = {name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    return {name: torch.cat([part[name] for part in everywhere]) for name in here}
+
+
+def start_run(engine, args):
+    """(step to start from, what the run is). Without --resume step 0; with it the last checkpoint's, whose weights and
+    optimizer are loaded and behind which log.jsonl is cut off. Writes <out>/args.json."""
+    with open(args.data, "rb") as file:
+        run = {**vars(args), "processes": dist.get_world_size(), "data_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    step, lines = 0, []
+    if args.resume:
+        try:
+            state = engine.load_checkpoint(f"{args.out}/checkpoint")[1]
+            step, before = state["step"], state["run"]
+            with open(f"{args.out}/log.jsonl") as file:
+                lines = [line for line in file if json.loads(line)["step"] <= step]
+        except Exception as error:
+            fail(f"--resume: cannot go on from {args.out}/checkpoint ({error!r:.200}); start without --resume")
+        for name, value in run.items():
+            if name not in ("resume", "local_rank", "log_steps", "eval_steps", "save_steps") and value != before[name]:
+                fail(f"--resume: {name} was {before[name]} and is now {value}; go on with what the checkpoint's run began with")
+    if dist.get_rank() == 0:
+        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
+        for name, text in ("args.json", json.dumps({**run, "versions": versions}, indent=2)), ("log.jsonl", "".join(lines)):
+            with open(f"{args.out}/{name}.partial", "w") as file:
+                file.write(text)
+            os.replace(f"{args.out}/{name}.partial", f"{args.out}/{name}")
+    return step, run
+
+
+def log(args, step, metrics, prefix="", **figures):
+    """Appends a line to <out>/log.jsonl and shows the gist of it, on rank 0: each metric's mean over pairs (of the held-out
+    ones without those that are NaN for want of Oracle rewards), and the figures. Ends the run where the loss is lost."""
+    line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
+                             if not (prefix and value.isnan().all())}, **figures}
+    if not math.isfinite(line.get("loss", 0.0)):
+        fail(f"step {step}: the loss is {line['loss']}; lower --learning_rate. {args.out}/checkpoint, if any, is as it was")
+    if dist.get_rank() == 0:
+        with open(f"{args.out}/log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+        tqdm.write(f"step {step}: " + ", ".join(f"{name} {line[name]:.4g}" for name in line if name.endswith(shown)))
+
+
+def speed(tokens, start, device):
+    """Tokens a second since `start`, and the most memory this process has held: the GPU's, or else what is resident."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident
+    return {"tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
+
+
+def save_checkpoint(engine, args, step, run):
+    """Writes <out>/checkpoint/step<step>; the checkpoint before it goes once this one is whole."""
+    folder = f"{args.out}/checkpoint"
+    engine.save_checkpoint(folder, tag=f"step{step}", client_state={"step": step, "run": run})
+    if dist.get_rank() == 0:
+        for name in os.listdir(folder):
+            if name.startswith("step") and name != f"step{step}":
+                shutil.rmtree(f"{folder}/{name}")
+
+
+def save_model(lm, tokenizer, args):
+    """Writes model and tokenizer beside their place in <out>, then moves each file there; on rank 0."""
+    if dist.get_rank() == 0:
+        partial = f"{args.out}/partial"
+        lm.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for name in os.listdir(partial):
+            os.replace(f"{partial}/{name}", f"{args.out}/{name}")
+        os.rmdir(partial)
+        print(f"{args.out}: model, tokenizer, args.json and log.jsonl written")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ Out:  rewards.pt: a dict that torch.load(weights_only=True) reads, with float32 
     deepspeed --num_gpus 2 precompute_rewards.py --oracle Skywork/Skywork-Reward-V2-Llama-3.2-1B
 
 Any AutoModelForSequenceClassification with one label and a linear head `score` serves as an oracle. Its reward is read
-at the response's EOS. A text that stands in several rows is scored once. Rows are sorted by length and shared out among the processes; neither their
-number nor the batch size changes a reward beyond float rounding.
+at the response's EOS. A text that stands in several rows is scored once. Rows are sorted by length and shared out among
+the processes; neither their number nor the batch size changes a reward beyond float rounding (bf16's, on a GPU).
 """
 import argparse
 import hashlib
@@ -49,109 +49,7 @@ def parse_args():
     return args
 
 
-def fail(message):
-    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def check_flags(args, folder, *may_be_zero):
-    """Fails where a flag's number is not above 0 and finite (those named in `may_be_zero` may be 0), or where the folder that
-    the run writes to cannot be made and written: before the run is paid for."""
-    for name, values in vars(args).items():
-        for value in values if isinstance(values, list) else [values]:
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
-                fail(f"--{name} {value}: give a number {'of 0 or more' if name in may_be_zero else 'above 0'}")
-    try:
-        os.makedirs(folder or ".", exist_ok=True)
-        if not os.access(folder or ".", os.W_OK):
-            raise PermissionError("it cannot be written")
-    except OSError as error:
-        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
-
-
-def init_process():
-    """Joins the processes that `deepspeed` started, or is the only one under `python`; returns (device, rank, world size)."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    if "RANK" not in os.environ:
-        os.environ.update(alone)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()  # it would report score.weight as unexpected; missing weights end the run below
-    # DeepSpeed would compile a C++ all-reduce for CPUs here, and crash where there is no compiler; gloo does it too
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    elif "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
-        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))))
-    deepspeed.init_distributed(verbose=False)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return device, dist.get_rank(), dist.get_world_size()
-
-
-def read_jsonl(path, *keys):
-    """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
-    def is_prompt(value):
-        return bool(value) and (isinstance(value, str) or isinstance(value, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in value))
-
-    rows = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line")
-                for key in keys:
-                    value = row.get(key) if isinstance(row, dict) else None
-                    if not (is_prompt(value) if key == "prompt" else isinstance(value, str)):
-                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}, and a `prompt` of "
-                             "messages a `role` and a `content` in each")
-                rows.append(row)
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot read it ({error}); name an existing UTF-8 JSONL file")
-    return rows or fail(f"{path}: it holds no rows")
-
-
-def load_tokenizer(folder):
-    """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        fail(f"{folder}: no tokenizer there ({error!r:.150}); give a model folder or a hub name")
-    if tokenizer.eos_token_id is None:
-        fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
-        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
-        others = [token for token in others if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
-        tokenizer.pad_token = others[0] if others else fail(
-            f"{folder}: its tokenizer has no pad token apart from EOS; set `pad_token` in its tokenizer_config.json")
-    return tokenizer
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template where there is one, else its text after one BOS."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # jinja's, or the template's own
-            fail(f"the tokenizer's chat template refuses the prompt {str(prompt):.80} ({error!r:.100}); mend or drop that row")
-    if not isinstance(prompt, str):
-        names = {"user": "Human", "assistant": "Assistant"}
-        turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
-        prompt = "\n\n".join(turns + ["Assistant:\n"])
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + tokenizer(prompt, add_special_tokens=False).input_ids
-
-
-def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart, so that no token spans both; the space
-    that parts a response from a plain-text prompt has no place behind a chat template's."""
-    response = response.removeprefix(" ") if tokenizer.chat_template else response
-    return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+# ---- scoring ----------------------------------------------------------------------------------------------------------
 
 
 def load_oracle(folder, device):
@@ -233,6 +131,116 @@ def main():
             else:
                 print(f"  {folder}: mean reward " + ", ".join(f"{rewards[key][k].nanmean():.3f} ({key})" for key in keys))
     dist.destroy_process_group()
+
+
+# ---- what the stages do alike, copied to the letter -------------------------------------------------------------------
+
+
+def fail(message):
+    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_flags(args, folder, *may_be_zero):
+    """Fails where a flag's number is not above 0 and finite (those named in `may_be_zero` may be 0), or where the folder that
+    the run writes to cannot be made and written: before the run is paid for."""
+    for name, values in vars(args).items():
+        for value in values if isinstance(values, list) else [values]:
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+                fail(f"--{name} {value}: give a number {'of 0 or more' if name in may_be_zero else 'above 0'}")
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        if not os.access(folder or ".", os.W_OK):
+            raise PermissionError("it cannot be written")
+    except OSError as error:
+        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
+
+
+def init_process():
+    """Joins the processes that `deepspeed` started, or is the only one under `python`; returns (device, rank, world size)."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()  # it would report score.weight as unexpected; missing weights end the run below
+    # DeepSpeed would compile a C++ all-reduce for CPUs here, and crash where there is no compiler; gloo does it too
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
+        here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
+    deepspeed.init_distributed(verbose=False)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def read_jsonl(path, *keys):
+    """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
+    def is_prompt(value):
+        return bool(value) and (isinstance(value, str) or isinstance(value, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in value))
+
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line")
+                for key in keys:
+                    value = row.get(key) if isinstance(row, dict) else None
+                    if not (is_prompt(value) if key == "prompt" else isinstance(value, str)):
+                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}, and a `prompt` of "
+                             "messages a `role` and a `content` in each")
+                rows.append(row)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: cannot read it ({error}); name an existing UTF-8 JSONL file")
+    return rows or fail(f"{path}: it holds no rows")
+
+
+def load_tokenizer(folder):
+    """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        fail(f"{folder}: no tokenizer there ({error!r:.150}); give a model folder or a hub name")
+    if tokenizer.eos_token_id is None:
+        fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
+        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
+        others = [token for token in others if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
+        tokenizer.pad_token = others[0] if others else fail(
+            f"{folder}: its tokenizer has no pad token apart from EOS; set `pad_token` in its tokenizer_config.json")
+    return tokenizer
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, text or messages: by the chat template where there is one, else its text after one BOS."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # jinja's, or the template's own
+            fail(f"the tokenizer's chat template refuses the prompt {str(prompt):.80} ({error!r:.100}); mend or drop that row")
+    if not isinstance(prompt, str):
+        names = {"user": "Human", "assistant": "Assistant"}
+        turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
+        prompt = "\n\n".join(turns + ["Assistant:\n"])
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + tokenizer(prompt, add_special_tokens=False).input_ids
+
+
+def encode_response(tokenizer, response):
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart, so that no token spans both; the space
+    that parts a response from a plain-text prompt has no place behind a chat template's."""
+    response = response.removeprefix(" ") if tokenizer.chat_template else response
+    return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
 if __name__ == "__main__":

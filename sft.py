@@ -67,6 +67,139 @@ def parse_args():
     return args
 
 
+# ---- data and loss ----------------------------------------------------------------------------------------------------
+
+
+def load_split(path, tokenizer, max_length, limit=0):
+    """Token ids (prompt, response) of those of a file's rows (of its first `limit`) that fit in max_length."""
+    rows = read_jsonl(path, "prompt")
+    key = next((key for key in ("chosen", "label", "response") if key in rows[0]), "chosen")
+    examples = []
+    rows = read_jsonl(path, "prompt", key)[:limit or None]
+    for row in tqdm(rows, "tokenising", disable=dist.get_rank() > 0):
+        prompt, response = encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row[key])
+        if len(prompt) + len(response) <= max_length:
+            examples.append([np.array(ids, dtype=np.int32) for ids in (prompt, response)])
+    if not examples:
+        fail(f"{path}: all {len(rows)} rows have more than --max_length {max_length} tokens; raise it")
+    if dist.get_rank() == 0:
+        print(f"{path}: {len(examples)} rows, {len(rows) - len(examples)} over --max_length {max_length} tokens dropped")
+    return examples
+
+
+def collate(examples, pad_token_id, device):
+    """A batch of rows [prompt | response], padded right: input_ids and segments, (B, T); see losses.response_logps."""
+    width = max(sum(map(len, example)) for example in examples)
+    input_ids, segments = np.full((len(examples), width), pad_token_id), np.full((len(examples), width), -1)
+    for i, (prompt, response) in enumerate(examples):
+        length = len(prompt) + len(response)
+        input_ids[i, :length] = np.concatenate([prompt, response])
+        segments[i, :length] = np.repeat([0, 1], [len(prompt), len(response)])
+    return {"input_ids": torch.as_tensor(input_ids, device=device), "segments": torch.as_tensor(segments, device=device)}
+
+
+class ResponseModel(torch.nn.Module):
+    """A causal LM that returns its rows' response log-probs, (B,)."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, input_ids, segments):
+        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
+        previous = torch.arange(-1, input_ids.shape[1] - 1, device=input_ids.device).expand_as(input_ids)
+        return response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, previous, num_responses=1)[:, 0]
+
+
+def batches(lengths, batch_size, seed):
+    """Endless optimizer batches, arrays of row numbers: each a random sample of its epoch, longest row first, so that
+    micro-batches cut from it hold rows of similar length."""
+    for epoch in itertools.count():
+        order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
+        for batch in order[:len(order) // batch_size * batch_size].reshape(-1, batch_size):
+            yield batch[np.argsort(-lengths[batch], kind="stable")]
+
+
+# ---- training ---------------------------------------------------------------------------------------------------------
+
+
+def main():
+    args = parse_args()
+    device, rank, world_size = init_process()
+    args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // world_size))
+    if args.batch_size % (args.micro_batch_size * world_size):
+        fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x {world_size} "
+             "processes")
+
+    # ---- model and data
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    lm = load_model(args.model, tokenizer.pad_token_id)
+    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
+    examples = load_split(args.data, tokenizer, args.max_length)
+    eval_examples = load_split(args.eval_data, tokenizer, args.max_length, args.eval_rows) if args.eval_data else []
+    if len(examples) < args.batch_size:
+        fail(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}; lower it")
+    lengths = np.array([sum(map(len, example)) for example in examples])
+    response_lengths = np.array([len(response) for _, response in examples])
+    max_steps = args.max_steps or max(1, int(args.epochs * len(examples) / args.batch_size))
+    if rank == 0:
+        print(f"{max_steps} steps of {args.batch_size}: {max_steps * args.batch_size / len(examples):.2f} epochs, "
+              f"{args.warmup_steps} steps of warm-up")
+
+    if args.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine = make_engine(ResponseModel(lm), args, device, max_steps)
+    to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
+    step, run = start_run(engine, args)
+
+    # ---- training
+    nll, tokens, response_tokens, start = torch.zeros((), device=device), 0, 0, time.time()
+    steps = itertools.islice(batches(lengths, args.batch_size, args.seed), step, max_steps)
+    for batch in tqdm(steps, "sft", initial=step, total=max_steps, disable=rank > 0):
+        micro_batches = batch.reshape(-1, world_size, args.micro_batch_size)[:, rank]
+        for micro in micro_batches:
+            logps = engine(**to_batch([examples[i] for i in micro]))
+            # DeepSpeed averages over micro-batches and processes; the mean is to be over the batch's response tokens
+            loss = -logps.sum() * len(micro_batches) * world_size / response_lengths[batch].sum()
+            engine.backward(loss)
+            engine.step()
+            nll -= logps.detach().sum()
+        step += 1
+        tokens += lengths[batch].sum()
+        response_tokens += response_lengths[batch].sum()
+
+        if step == 1 or step % args.log_steps == 0 or step == max_steps:
+            dist.all_reduce(nll)
+            log(args, step, {"loss": nll / int(response_tokens)}, epoch=step * args.batch_size / len(examples),
+                **speed(tokens, start, device), grad_norm=float(engine.get_global_grad_norm()),
+                learning_rate=args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps))
+            nll, tokens, response_tokens, start = torch.zeros((), device=device), 0, 0, time.time()
+        if eval_examples and (step % args.eval_steps == 0 or step == max_steps):
+            log(args, step, {"loss": mean_nll(engine.module, eval_examples, args.micro_batch_size, to_batch)}, "eval_")
+            tokens, start = 0, time.time()
+        if args.save_steps and step % args.save_steps == 0:
+            save_checkpoint(engine, args, step, run)
+    save_model(lm, tokenizer, args)
+    dist.destroy_process_group()
+
+
+@torch.no_grad()
+def mean_nll(model, examples, micro_batch_size, to_batch):
+    """Mean negative log-likelihood of the examples' response tokens, shared out among the processes."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    order = np.argsort([-sum(map(len, example)) for example in examples], kind="stable")
+    micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+    for micro in tqdm(micro_batches[rank::world_size], "evaluating", disable=rank > 0, leave=False):
+        total -= model(**to_batch([examples[i] for i in micro])).sum()
+    dist.all_reduce(total)
+    return total / sum(len(response) for _, response in examples)
+
+
+# ---- what the stages do alike, copied to the letter -------------------------------------------------------------------
+
+
 def fail(message):
     """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -101,7 +234,8 @@ def init_process():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     elif "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
-        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))))
+        here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return device, dist.get_rank(), dist.get_world_size()
@@ -111,7 +245,8 @@ def read_jsonl(path, *keys):
     """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
     def is_prompt(value):
         return bool(value) and (isinstance(value, str) or isinstance(value, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in value))
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in value))
 
     rows = []
     try:
@@ -190,69 +325,6 @@ def encode_response(tokenizer, response):
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
-def load_split(path, tokenizer, max_length, limit=0):
-    """Token ids (prompt, response) of those of a file's rows (of its first `limit`) that fit in max_length."""
-    rows = read_jsonl(path, "prompt")
-    key = next((key for key in ("chosen", "label", "response") if key in rows[0]), "chosen")
-    examples = []
-    rows = read_jsonl(path, "prompt", key)[:limit or None]
-    for row in tqdm(rows, "tokenising", disable=dist.get_rank() > 0):
-        prompt, response = encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row[key])
-        if len(prompt) + len(response) <= max_length:
-            examples.append([np.array(ids, dtype=np.int32) for ids in (prompt, response)])
-    if not examples:
-        fail(f"{path}: all {len(rows)} rows have more than --max_length {max_length} tokens; raise it")
-    if dist.get_rank() == 0:
-        print(f"{path}: {len(examples)} rows, {len(rows) - len(examples)} over --max_length {max_length} tokens dropped")
-    return examples
-
-
-def collate(examples, pad_token_id, device):
-    """A batch of rows [prompt | response], padded right: input_ids and segments, (B, T); see losses.response_logps."""
-    width = max(sum(map(len, example)) for example in examples)
-    input_ids, segments = np.full((len(examples), width), pad_token_id), np.full((len(examples), width), -1)
-    for i, (prompt, response) in enumerate(examples):
-        length = len(prompt) + len(response)
-        input_ids[i, :length] = np.concatenate([prompt, response])
-        segments[i, :length] = np.repeat([0, 1], [len(prompt), len(response)])
-    return {"input_ids": torch.as_tensor(input_ids, device=device), "segments": torch.as_tensor(segments, device=device)}
-
-
-class ResponseModel(torch.nn.Module):
-    """A causal LM that returns its rows' response log-probs, (B,)."""
-
-    def __init__(self, lm):
-        super().__init__()
-        self.lm = lm
-
-    def forward(self, input_ids, segments):
-        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
-        previous = torch.arange(-1, input_ids.shape[1] - 1, device=input_ids.device).expand_as(input_ids)
-        return response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, previous, num_responses=1)[:, 0]
-
-
-@torch.no_grad()
-def mean_nll(model, examples, micro_batch_size, to_batch):
-    """Mean negative log-likelihood of the examples' response tokens, shared out among the processes."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
-    order = np.argsort([-sum(map(len, example)) for example in examples], kind="stable")
-    micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
-    for micro in tqdm(micro_batches[rank::world_size], "evaluating", disable=rank > 0, leave=False):
-        total -= model(**to_batch([examples[i] for i in micro])).sum()
-    dist.all_reduce(total)
-    return total / sum(len(response) for _, response in examples)
-
-
-def batches(lengths, batch_size, seed):
-    """Endless optimizer batches, arrays of row numbers: each a random sample of its epoch, longest row first, so that
-    micro-batches cut from it hold rows of similar length."""
-    for epoch in itertools.count():
-        order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
-        for batch in order[:len(order) // batch_size * batch_size].reshape(-1, batch_size):
-            yield batch[np.argsort(-lengths[batch], kind="stable")]
-
-
 def make_engine(model, args, device, max_steps):
     """DeepSpeed's engine around the model: AdamW, linear warm-up and cosine to 0, and what --deepspeed_config says."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -263,14 +335,16 @@ def make_engine(model, args, device, max_steps):
     try:
         with open(args.deepspeed_config) as file:
             config = json.load(file)
-        config.update(train_batch_size=args.batch_size, train_micro_batch_size_per_gpu=args.micro_batch_size, steps_per_print=2**31)
+        config.update(train_batch_size=args.batch_size, train_micro_batch_size_per_gpu=args.micro_batch_size,
+                      steps_per_print=2**31)
         if device.type == "cpu":
             config["bf16"] = {"enabled": False}  # 3 times slower than fp32 there
         if config["zero_optimization"]["stage"] not in (1, 2):  # 3 leaves no whole model to read a head from, or to save
             raise ValueError("zero_optimization.stage must be 1 or 2")
         return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
     except Exception as error:
-        fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json beside this script")
+        fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json that "
+             "stands beside this script")
 
 
 def schedule_factor(step, warmup_steps, max_steps):
@@ -322,7 +396,8 @@ def log(args, step, metrics, prefix="", **figures):
 
 def speed(tokens, start, device):
     """Tokens a second since `start`, and the most memory this process has held: the GPU's, or else what is resident."""
-    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident
     return {"tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
 
 
@@ -346,66 +421,6 @@ def save_model(lm, tokenizer, args):
             os.replace(f"{partial}/{name}", f"{args.out}/{name}")
         os.rmdir(partial)
         print(f"{args.out}: model, tokenizer, args.json and log.jsonl written")
-
-
-def main():
-    args = parse_args()
-    device, rank, world_size = init_process()
-    args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // world_size))
-    if args.batch_size % (args.micro_batch_size * world_size):
-        fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x {world_size} processes")
-
-    # ---- model and data
-    torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
-    lm = load_model(args.model, tokenizer.pad_token_id)
-    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
-    examples = load_split(args.data, tokenizer, args.max_length)
-    eval_examples = load_split(args.eval_data, tokenizer, args.max_length, args.eval_rows) if args.eval_data else []
-    if len(examples) < args.batch_size:
-        fail(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}; lower it")
-    lengths = np.array([sum(map(len, example)) for example in examples])
-    response_lengths = np.array([len(response) for _, response in examples])
-    max_steps = args.max_steps or max(1, int(args.epochs * len(examples) / args.batch_size))
-    if rank == 0:
-        print(f"{max_steps} steps of {args.batch_size}: {max_steps * args.batch_size / len(examples):.2f} epochs, "
-              f"{args.warmup_steps} steps of warm-up")
-
-    if args.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine = make_engine(ResponseModel(lm), args, device, max_steps)
-    to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
-    step, run = start_run(engine, args)
-
-    # ---- training
-    nll, tokens, response_tokens, start = torch.zeros((), device=device), 0, 0, time.time()
-    steps = itertools.islice(batches(lengths, args.batch_size, args.seed), step, max_steps)
-    for batch in tqdm(steps, "sft", initial=step, total=max_steps, disable=rank > 0):
-        micro_batches = batch.reshape(-1, world_size, args.micro_batch_size)[:, rank]
-        for micro in micro_batches:
-            logps = engine(**to_batch([examples[i] for i in micro]))
-            # DeepSpeed averages over micro-batches and processes; the mean is to be over the batch's response tokens
-            loss = -logps.sum() * len(micro_batches) * world_size / response_lengths[batch].sum()
-            engine.backward(loss)
-            engine.step()
-            nll -= logps.detach().sum()
-        step += 1
-        tokens += lengths[batch].sum()
-        response_tokens += response_lengths[batch].sum()
-
-        if step == 1 or step % args.log_steps == 0 or step == max_steps:
-            dist.all_reduce(nll)
-            log(args, step, {"loss": nll / int(response_tokens)}, epoch=step * args.batch_size / len(examples),
-                **speed(tokens, start, device), grad_norm=float(engine.get_global_grad_norm()),
-                learning_rate=args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps))
-            nll, tokens, response_tokens, start = torch.zeros((), device=device), 0, 0, time.time()
-        if eval_examples and (step % args.eval_steps == 0 or step == max_steps):
-            log(args, step, {"loss": mean_nll(engine.module, eval_examples, args.micro_batch_size, to_batch)}, "eval_")
-            tokens, start = 0, time.time()
-        if args.save_steps and step % args.save_steps == 0:
-            save_checkpoint(engine, args, step, run)
-    save_model(lm, tokenizer, args)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
