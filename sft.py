@@ -370,8 +370,8 @@ def start_run(engine, args):
         except Exception as error:
             fail(f"--resume: cannot go on from {args.out}/checkpoint ({error!r:.200}); start without --resume")
         for name, value in run.items():
-            if name not in ("resume", "local_rank", "log_steps", "eval_steps", "save_steps") and value != before[name]:
-                fail(f"--resume: {name} was {before[name]} and is now {value}; go on with what the checkpoint's run began with")
+            if name not in ("resume", "local_rank", "log_steps", "eval_steps", "save_steps") and value != before.get(name):
+                fail(f"--resume: {name} was {before.get(name)} and is now {value}; go on with what the checkpoint's run began with")
     if dist.get_rank() == 0:
         versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
         for name, text in ("args.json", json.dumps({**run, "versions": versions}, indent=2)), ("log.jsonl", "".join(lines)):
