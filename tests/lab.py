@@ -1,25 +1,28 @@
 """The study on the laboratory (tests/toy.py): where DRDO wins, where it does not, judged by the truth.
 
-A cell is a set of preferences (label flips, split, number of pairs), an Oracle, a number of steps, and the methods that
-are trained in it. Each seed has its own posts, labels and base LM. The stages run as they are, each in a forked process,
-so that imports are paid for once; two seeds at a time, a thread each. What is there already is not run again.
+A cell is a set of preferences (label flips, split, number, lengths), an Oracle, a number of steps, and the methods that
+are trained in it. Each seed has its own posts, labels, prompts and base LM. The stages run as they are, each in a forked
+process, so that imports are paid for once; two seeds at a time, a thread each. What is there already is not run again.
 
-    python tests/lab.py                                       # everything: hours; prints an estimate as it goes
-    python tests/lab.py --seeds 0 1 --cells clean_all noisy_lc_le
+    python tests/lab.py --choose                # learning rate and beta of every method, on seeds that are not reported
+    python tests/lab.py                         # the whole study: hours; its bar estimates how many
+    python tests/lab.py --seeds 20 21 --cells clean_all noisy_lc_le --methods dpo drdo
 
-In:   nothing.  Out: out/lab/seed<k>/..., out/lab/results.json, and the tables on stdout.
+In:   nothing.  Out: out/lab/seed<k>/..., out/lab/results.json, grid.png, degeneration.png, and the tables on stdout.
 
 Win rates count a tie half. Intervals are 95%, from a bootstrap that draws seeds and, within each, prompts.
 """
 import argparse
+import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import sys
-import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 ROOT = Path(__file__).parent.parent
@@ -37,48 +40,73 @@ import sft
 import splits
 import toy
 
-# What a method adds to the flags that all of a cell's methods share. `learns`: whose rewards it distils.
+# ---- the study --------------------------------------------------------------------------------------------------------
+
+# Every method has six settings to choose from, of its learning rate and, where it has one, of beta.
+WITH_BETA = [f"--learning_rate {rate} --beta {beta}" for rate in (1e-4, 5e-4) for beta in (0.03, 0.1, 0.3)]
+WITHOUT_BETA = [f"--learning_rate {rate}" for rate in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)]
+
+# name: flags, whose rewards it learns, the setting that --choose chose (best mean win rate against SFT by the truth over
+# CHOOSING_CELLS and both domains), and what there was to choose from
+DRDO = "--loss drdo --student_rewards"
 METHODS = {
-    "sft_winners": {"stage": sft, "flags": ""},
-    "dpo": {"flags": "--loss dpo"},
-    "dpo_nll": {"flags": "--loss dpo --nll_coef 0.025"},
-    "ipo": {"flags": "--loss ipo"},
-    "edpo": {"flags": "--loss edpo", "learns": "ensemble"},
-    "edpo_oracle": {"flags": "--loss edpo", "learns": "oracle"},
-    "edpo_nll": {"flags": "--loss edpo --nll_coef 0.025", "learns": "ensemble"},
-    "drdo": {"flags": "--loss drdo", "learns": "oracle"},
-    "drdo_p_mean": {"flags": "--loss drdo --p_w mean", "learns": "oracle"},
-    "drdo_logps": {"flags": "--loss drdo --student_rewards logps", "learns": "oracle"},
-    "drdo_logps_p_mean": {"flags": "--loss drdo --student_rewards logps --p_w mean", "learns": "oracle"},
-    "drdo_log_ratio": {"flags": "--loss drdo --student_rewards log_ratio", "learns": "oracle"},
-    "drdo_log_ratio_p_mean": {"flags": "--loss drdo --student_rewards log_ratio --p_w mean", "learns": "oracle"},
-    "drdo_detached": {"flags": "--loss drdo --detach_focal", "learns": "oracle"},
-    "drdo_gamma_0": {"flags": "--loss drdo --gamma 0", "learns": "oracle"},
-    "drdo_gamma_5": {"flags": "--loss drdo --gamma 5", "learns": "oracle"},
-    "drdo_alpha_1": {"flags": "--loss drdo --alpha 1", "learns": "oracle"},
-    "drdo_distillation_only": {"flags": "--loss drdo --alpha 0", "learns": "oracle"},
+    "sft_winners": ("", None, "--learning_rate 5e-4", WITHOUT_BETA),
+    "dpo": ("--loss dpo", None, "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
+    "dpo_nll": ("--loss dpo --nll_coef 0.025", None, "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
+    "edpo": ("--loss edpo", "ensemble", "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
+    "edpo_oracle": ("--loss edpo", "oracle", "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
+    "edpo_oracle_nll": ("--loss edpo --nll_coef 0.025", "oracle", "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
+    "drdo": (f"{DRDO} head", "oracle", "--learning_rate 5e-4", WITHOUT_BETA),
+    "drdo_p_mean": (f"{DRDO} head --p_w mean", "oracle", "--learning_rate 5e-4", WITHOUT_BETA),
+    "drdo_logps": (f"{DRDO} logps", "oracle", "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
+    "drdo_log_ratio": (f"{DRDO} log_ratio", "oracle", "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
+    "drdo_log_ratio_p_mean": (f"{DRDO} log_ratio --p_w mean", "oracle", "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
 }
-MAIN = ["sft_winners", "dpo", "dpo_nll", "ipo", "edpo", "edpo_oracle", "edpo_nll", "drdo", "drdo_p_mean", "drdo_logps",
-        "drdo_log_ratio", "drdo_log_ratio_p_mean"]
+CHOOSING_SEEDS, CHOOSING_CELLS = [90, 91], ["clean_all", "noisy_lc_le"]
+HEADLINE, GRID = list(METHODS), ["dpo", "edpo", "edpo_oracle", "drdo", "drdo_logps", "drdo_log_ratio"]
 
 
-def cell(flip=0.0, split="all", oracle="learned", pairs=6000, steps=100, methods=MAIN):
-    return dict(flip=flip, split=split, oracle=oracle, pairs=pairs, steps=steps, methods=methods)
+def variants(method, *flags):
+    """{name: method} of a method with other flags; they are run as the method itself was set."""
+    loss, learns, setting, _ = METHODS[method]
+    return {f"{method} {flag}": (f"{loss} {flag}", learns, setting, []) for flag in flags}
 
 
-GRID = ["dpo", "edpo", "edpo_oracle", "drdo", "drdo_logps", "drdo_log_ratio"]
+BETAS = [f"--beta {beta}" for beta in (0.1, 0.5, 1, 10)]
+ABLATION = {  # AdamW is blind to the loss's scale: at alpha 10000 the contrastive term is alone
+    **variants("drdo", "--alpha 0", "--alpha 1", "--alpha 10000", "--gamma 0", "--gamma 1", "--gamma 5", "--detach_focal"),
+    **variants("drdo_logps", "--alpha 0", "--alpha 1", "--gamma 0", "--gamma 5", *BETAS),
+    **variants("drdo_log_ratio", "--alpha 1", "--gamma 0", "--gamma 5", *BETAS),
+    **variants("dpo", *BETAS), **variants("edpo_oracle", *BETAS),
+}
+METHODS |= ABLATION
+
+
+def cell(flip=0.0, split="all", oracle="learned", pairs=6000, winners="any", steps=100, methods=HEADLINE, temperatures=False):
+    """winners: keep the pairs whose winner is shorter, equal or longer; temperatures: sample at 0.2, 0.5 and 0.9 too, and
+    ask the Oracle as well as the truth."""
+    return dict(flip=flip, split=split, oracle=oracle, pairs=pairs, winners=winners, steps=steps, methods=methods,
+                temperatures=temperatures)
+
+
+FLIPS, TEACHERS = (0.0, 0.2, 0.4), ("learned", "larger", "true")
 CELLS = {
-    "clean_all": cell(), "noisy_lc_le": cell(flip=0.4, split="lc_le"),
-    "clean_hc_he": cell(split="hc_he"), "clean_lc_le": cell(split="lc_le"), "noisy_all": cell(flip=0.4),
-    **{f"grid_{flip}_{who}": cell(flip=flip, oracle=who, methods=GRID) for flip in (0.0, 0.2, 0.4) for who in ("learned", "true")},
-    **{f"steps_{n}": cell(flip=0.4, split="lc_le", steps=n, methods=GRID + ["sft_winners", "dpo_nll"]) for n in (300, 1000)},
+    "clean_all": cell(temperatures=True),
+    "noisy_lc_le": cell(flip=0.4, split="lc_le", temperatures=True),
+    **{f"steps_{n}": cell(flip=0.4, split="lc_le", steps=n, methods=["sft_winners", "dpo", "dpo_nll", *GRID[2:]]) for n in (300, 1000)},
+    **{f"grid_{flip}_{who}": cell(flip=flip, oracle=who, methods=GRID) for who in TEACHERS for flip in FLIPS},
+    "ablation": cell(methods=["dpo", "drdo", "drdo_logps", "drdo_log_ratio", "edpo_oracle", *ABLATION]),
+    "clean_hc_he": cell(split="hc_he"), "clean_lc_le": cell(split="lc_le"),
+    **{f"winners_{which}": cell(winners=which, methods=GRID) for which in ("shorter", "equal", "longer")},
     **{f"pairs_{n}": cell(flip=0.2, pairs=n, methods=GRID) for n in (500, 1500)},
-    "ablation": cell(methods=[name for name in METHODS if name.startswith("drdo")]),
 }
 
 
-def stage(module, flags, out, log):
-    """Runs a stage's main() with these flags in a forked process, unless `out` is there; raises where it fails."""
+# ---- running the stages -----------------------------------------------------------------------------------------------
+
+
+def stage(main, flags, out, log):
+    """Runs a stage's `main` with these flags in a forked process, unless `out` is there; raises where it fails."""
     if os.path.exists(out):
         return
     os.makedirs(os.path.dirname(log), exist_ok=True)
@@ -87,10 +115,10 @@ def stage(module, flags, out, log):
         with open(log, "w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.argv, code = [module.__name__ + ".py", *map(str, flags)], 1
+        sys.argv, code = [main.__module__ + ".py", *map(str, flags)], 1
         os.chdir(ROOT)
         try:
-            module.main()
+            main()
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -101,154 +129,303 @@ def stage(module, flags, out, log):
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"{module.__name__} {' '.join(map(str, flags))} failed; see {log}")
+        raise RuntimeError(f"{main.__module__} {' '.join(map(str, flags))} failed; see {log}")
+
+
+def import_models():
+    """Imports what the stages would import, once, so that their forked processes need not."""
+    tokenizer = toy.make_tokenizer()
+    ids = tokenizer("SUBREDDIT:", return_tensors="pt").input_ids
+    with torch.no_grad():
+        toy.make_model(tokenizer).generate(ids, max_new_tokens=2, do_sample=True, top_p=0.8, pad_token_id=0)
 
 
 def true_rewards(data, out):
     """A rewards.pt as precompute_rewards.py writes it, of the true reward."""
-    import hashlib
     rows = [json.loads(line) for line in open(data)]
     columns = {key: torch.tensor([[toy.true_reward({**row, "response": row[key]}) for row in rows]], dtype=torch.float32)
                for key in ("chosen", "rejected")}
     torch.save({**columns, "oracles": ["truth"], "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest()}, out)
 
 
+def keep_winners(data, which, out):
+    """The rows whose chosen response is shorter than, as long as or longer than the rejected, in words; their file."""
+    path = f"{out}/data/winners_{which}.jsonl"
+    rows = [json.loads(line) for line in open(data)]
+    longer = [len(row["chosen"].split()) - len(row["rejected"].split()) for row in rows]
+    toy.write_jsonl(path, [row for row, n in zip(rows, longer) if np.sign(n) == {"shorter": -1, "equal": 0, "longer": 1}[which]])
+    return path
+
+
+def more_comparisons(world, pairs, seed, flip):
+    """A file of that many pairs, with the world's share of flips."""
+    path = f"{world}/more.jsonl"
+    if not os.path.exists(path):
+        toy.write_jsonl(path, toy.make_pairs(pairs, seed + 500, flip))
+    return path
+
+
+def larger_base(home, seed):
+    """A base LM three times the student's size, pretrained as it was."""
+    folder = f"{home}/larger_base"
+
+    def pretrain():
+        torch.set_num_threads(1)
+        tokenizer = toy.make_tokenizer()
+        toy.make_model(tokenizer, seed, 800, hidden_size=96, num_hidden_layers=3).save_pretrained(f"{folder}.partial")
+        tokenizer.save_pretrained(f"{folder}.partial")
+        os.rename(f"{folder}.partial", folder)
+
+    stage(pretrain, [], folder, f"{home}/logs/larger_base.log")
+    return folder
+
+
 def prepare(home, seed):
     """A seed's base LM, SFT policy and prompts."""
-    stage(toy, ["--out", home, "--seed", seed, "--prompts", 250], f"{home}/base/config.json", f"{home}/logs/toy.log")
-    stage(splits, ["--out", f"{home}/data", "--dataset", f"{home}/raw/sft.jsonl", "--seed", seed, "--prompts",
+    stage(toy.main, ["--out", home, "--seed", seed, "--prompts", 250], f"{home}/base/config.json", f"{home}/logs/toy.log")
+    stage(splits.main, ["--out", f"{home}/data", "--dataset", f"{home}/raw/sft.jsonl", "--seed", seed, "--prompts",
                    f"{home}/raw/test.jsonl", f"{home}/raw/articles.jsonl"], f"{home}/data/prompts/articles.jsonl", f"{home}/logs/splits.log")
     with open(f"{home}/prompts.jsonl", "w") as file:
         file.writelines(Path(f"{home}/data/prompts/{name}.jsonl").read_text() for name in ("test", "articles"))
-    stage(sft, ["--model", f"{home}/base", "--data", f"{home}/data/sft/train.jsonl", "--eval_data", "", "--out", f"{home}/sft",
+    stage(sft.main, ["--model", f"{home}/base", "--data", f"{home}/data/sft/train.jsonl", "--eval_data", "", "--out", f"{home}/sft",
                 "--batch_size", 32, "--max_steps", 150, "--learning_rate", 1e-3, "--warmup_steps", 10, "--save_steps", 0,
                 "--seed", seed], f"{home}/sft/model.safetensors", f"{home}/logs/sft.log")
-    sample(home, "sft", seed)
+    sample(home, f"{home}/sft", seed)
 
 
-def sample(home, name, seed, temperatures=(0.7,)):
-    """A policy's generations, at <home>/<name>/generations.jsonl."""
-    stage(generate, ["--model", f"{home}/{name}", "--generator", name, "--prompts", f"{home}/prompts.jsonl", "--temperature", *temperatures,
-                     "--max_new_tokens", 48, "--micro_batch_size", 125, "--seed", seed],
-          f"{home}/{name}/generations.jsonl", f"{home}/logs/{name}.generate.log")
+def sample(home, folder, seed, temperatures=(0.7,), name="generations"):
+    """A policy's generations, at <folder>/<name>.jsonl."""
+    stage(generate.main, ["--model", folder, "--prompts", f"{home}/prompts.jsonl", "--temperature", *temperatures, "--seed", seed,
+                     "--max_new_tokens", 48, "--micro_batch_size", 125, "--out", f"{folder}/{name}.jsonl"],
+          f"{folder}/{name}.jsonl", f"{folder}.logs/{name}.log")
 
 
-def run_cell(home, seed, name, cell):
-    """Trains and samples a cell's methods; yields after each."""
+def run_cell(home, seed, cell, settings):
+    """Trains and samples a cell's methods; yields each policy's folder. settings: {method: [flags to run it with]}."""
     world = f"{home}/flip{cell['flip']}_pairs{cell['pairs']}"
-    data = f"{world}/data/{cell['split']}/train.jsonl"
-    if not os.path.exists(data):
+    if not os.path.exists(f"{world}/comparisons.jsonl"):
         os.makedirs(world, exist_ok=True)
         toy.write_jsonl(f"{world}/comparisons.jsonl", toy.make_comparisons(cell["pairs"], seed, cell["flip"]))
-    stage(splits, ["--out", f"{world}/data", "--dataset", f"{world}/comparisons.jsonl", "--seed", seed], data, f"{world}/logs/splits.log")
-    shared = ["--eval_data", "", "--save_steps", 0, "--warmup_steps", 10]
-    reward_model = ["--model", f"{home}/sft", "--data", f"{world}/data/all/train.jsonl", "--batch_size", 16, "--learning_rate", 2e-3, *shared]
-    stage(oracle, [*reward_model, "--out", f"{world}/oracle", "--max_steps", 400, "--seed", seed],
-          f"{world}/oracle/model.safetensors", f"{world}/logs/oracle.log")
-    members = [f"{world}/reward_model_{k}" for k in (1, 2, 3)]
-    rewards = {"oracle": f"{world}/{cell['split']}.{cell['oracle']}.pt", "ensemble": f"{world}/{cell['split']}.ensemble.pt"}
-    if cell["oracle"] == "true":
-        true_rewards(data, rewards["oracle"])
-    else:
-        stage(precompute_rewards, ["--oracle", f"{world}/oracle", "--data", data, "--out", rewards["oracle"]], rewards["oracle"],
-              f"{world}/logs/rewards.log")
-    if any(METHODS[method].get("learns") == "ensemble" for method in cell["methods"]):
-        for k, member in enumerate(members, 1):
-            stage(oracle, [*reward_model, "--alpha", 0, "--out", member, "--max_steps", 250, "--seed", seed + 1000 * k],
-                  f"{member}/model.safetensors", f"{world}/logs/reward_model_{k}.log")
-        stage(precompute_rewards, ["--oracle", *members, "--data", data, "--out", rewards["ensemble"]], rewards["ensemble"],
-              f"{world}/logs/ensemble.log")
+    data, name = f"{world}/data/{cell['split']}/train.jsonl", cell["split"]
+    stage(splits.main, ["--out", f"{world}/data", "--dataset", f"{world}/comparisons.jsonl", "--seed", seed], data, f"{world}/logs/splits.log")
+    if cell["winners"] != "any":
+        data, name = keep_winners(data, cell["winners"], world), f"{cell['split']}_{cell['winners']}"
+    rewards = {who: f"{world}/{name}.{who}.pt" for who in ("ensemble", cell["oracle"])}
+    rewards["oracle"] = rewards[cell["oracle"]]
+    shared = ["--eval_data", "", "--save_steps", 0, "--warmup_steps", 10, "--seed", seed]
+
+    def score(oracles, data, out):
+        stage(precompute_rewards.main, ["--oracle", *oracles, "--data", data, "--out", out], out, f"{out}.log")
+
+    def reward_model(folder, *flags, model=f"{home}/sft", data=f"{world}/data/all/train.jsonl"):
+        stage(oracle.main, ["--model", model, "--data", data, "--out", folder, "--batch_size", 16, "--learning_rate", 2e-3, *shared, *flags],
+              f"{folder}/model.safetensors", f"{folder}.log")
+        return folder
+
+    learned = reward_model(f"{world}/oracle", "--max_steps", 400)
+    if cell["oracle"] == "learned":
+        score([learned], data, rewards["learned"])
+    elif cell["oracle"] == "larger":
+        model, comparisons = larger_base(home, seed), more_comparisons(world, 3 * cell["pairs"], seed, cell["flip"])
+        score([reward_model(f"{world}/larger_oracle", "--max_steps", 800, model=model, data=comparisons)], data, rewards["larger"])
+    elif not os.path.exists(rewards["true"]):
+        true_rewards(data, rewards["true"])
+    if any(METHODS[method][1] == "ensemble" for method in cell["methods"]):
+        members = [reward_model(f"{world}/reward_model_{k}", "--alpha", 0, "--max_steps", 250, "--seed", seed + 1000 * k) for k in (1, 2, 3)]
+        score(members, data, rewards["ensemble"])
+    if cell["temperatures"]:
+        sample(home, f"{home}/sft", seed, (0.2, 0.5, 0.9), "temperatures")
+        score([learned], f"{home}/sft/generations.jsonl", f"{world}/sft.pt")
     for method in cell["methods"]:
-        recipe = METHODS[method]
+        flags, learns, *_ = METHODS[method]
         # one run serves every cell that asks for it: methods without an Oracle do not depend on whose it is
-        whose = cell["oracle"] if recipe.get("learns") == "oracle" else "any"
-        policy = f"{cell['split']}_{whose}_{cell['steps']}/{method}"
-        learns = ["--oracle_rewards", rewards[recipe["learns"]]] if "learns" in recipe else []
-        stage(recipe.get("stage", align), [*recipe["flags"].split(), *learns, "--model", f"{home}/sft", "--data", data, *shared,
-              "--out", f"{world}/{policy}", "--batch_size", 24, "--micro_batch_size", 24, "--max_steps", cell["steps"],
-              "--learning_rate", 5e-4, "--seed", seed], f"{world}/{policy}/model.safetensors", f"{world}/logs/{policy}.log")
-        os.makedirs(f"{world}/{policy}", exist_ok=True)
-        if not os.path.exists(f"{world}/prompts.jsonl"):
-            os.symlink(os.path.abspath(f"{home}/prompts.jsonl"), f"{world}/prompts.jsonl")
-        sample(world, policy, seed)
-        yield world, policy
+        whose = cell["oracle"] if learns == "oracle" else "any"
+        for setting in settings[method]:
+            folder = f"{world}/{name}_{whose}_{cell['steps']}/" + f"{method}{setting}".replace(" ", "").replace("--", "_")
+            learns_flags = ["--oracle_rewards", rewards[learns]] if learns else []
+            stage(align.main if flags else sft.main, ["--model", f"{home}/sft", "--data", data, *shared, "--out", folder, "--batch_size", 24,
+                  "--micro_batch_size", 24, "--max_steps", cell["steps"], *setting.split(), *flags.split(), *learns_flags],
+                  f"{folder}/model.safetensors", f"{folder}.logs/train.log")
+            sample(home, folder, seed)
+            if cell["temperatures"]:
+                sample(home, folder, seed, (0.2, 0.5, 0.9), "temperatures")
+                score([learned], f"{folder}/generations.jsonl", f"{folder}/rewards.pt")
+            yield folder
 
 
-def outcomes(path, against):
-    """{domain: (wins of path's policy over against's by the truth (a tie 0.5), true rewards, tokens, eos)}, arrays over prompts."""
-    read = lambda path: {(row["dataset"], row["prompt"]): row for row in map(json.loads, open(path))}
-    ours, theirs, figures = read(path), read(against), {}
-    for domain in ("test", "articles"):
-        keys = [key for key in ours if key[0] == domain and key in theirs]
-        mine, other = (np.array([toy.true_reward(rows[key]) for key in keys]) for rows in (ours, theirs))
-        figures[domain] = ((np.sign(mine - other) + 1) / 2, mine, np.array([ours[key]["tokens"] for key in keys]),
-                           np.array([ours[key]["eos"] for key in keys]))
-    return figures
+def run(out, seeds, cells, settings, workers):
+    """{cell: {(method, setting): [(home, policy folder) of each seed]}}; cell by cell, with a bar."""
+    runs = {name: {(method, setting): [] for method in cell["methods"] for setting in settings[method]} for name, cell in cells.items()}
+    locks = {seed: Lock() for seed in seeds}
+    import_models()
+
+    def one(job):
+        name, seed = job
+        home = f"{out}/seed{seed}"
+        with locks[seed]:  # a seed's cells share its data and models
+            prepare(home, seed)
+            for key, folder in zip(runs[name], run_cell(home, seed, cells[name], settings)):
+                runs[name][key].append((home, folder))
+                bar.update()
+
+    total = len(seeds) * sum(map(len, runs.values()))
+    with tqdm(total=total, desc="policies", smoothing=0) as bar, ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, itertools.product(cells, seeds)))
+    return {name: {key: sorted(many) for key, many in policies.items()} for name, policies in runs.items()}
+
+
+# ---- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+DOMAINS = {"test": "posts", "articles": "articles"}
+OPPONENTS = ["sft", "dpo", "edpo", "edpo_oracle"]
+
+
+def read(folder, temperature=0.7, rewards=None):
+    """{domain: {prompt: row}} of a policy's generations at a temperature, with the `true` reward and the Oracle's."""
+    rows = {domain: {} for domain in DOMAINS}
+    name = "generations" if temperature == 0.7 else "temperatures"
+    scores = torch.load(rewards, weights_only=True)["response"][0].tolist() if rewards else itertools.repeat(None)
+    for row, score in zip(map(json.loads, open(f"{folder}/{name}.jsonl")), scores):
+        if row["temperature"] == temperature:
+            rows[row["dataset"]][row["prompt"]] = {**row, "true": toy.true_reward(row), "oracle": score}
+    return rows
+
+
+def wins(ours, theirs, judge="true"):
+    """Of each prompt 1, 0.5 or 0: our response's reward is above, equal or below theirs; two {prompt: row}."""
+    return np.array([(np.sign(ours[prompt][judge] - theirs[prompt][judge]) + 1) / 2 for prompt in ours])
 
 
 def interval(by_seed, resamples=2000):
     """Mean and 95% interval of values by seed, a list of arrays over prompts: seeds are drawn, and prompts within each."""
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(resamples):
-        seeds = [by_seed[i] for i in rng.integers(len(by_seed), size=len(by_seed))]
-        draws.append(np.mean([values[rng.integers(len(values), size=len(values))].mean() for values in seeds]))
-    return float(np.mean([values.mean() for values in by_seed])), *map(float, np.percentile(draws, [2.5, 97.5]))
+    rng, n = np.random.default_rng(0), len(by_seed)
+    prompts = [rng.multinomial(len(values), np.full(len(values), 1 / len(values)), resamples) @ values / len(values) for values in by_seed]
+    draws = np.stack(prompts)[rng.integers(n, size=(n, resamples)), rng.integers(resamples, size=(n, resamples))].mean(0)
+    return [float(np.mean([values.mean() for values in by_seed])), *map(float, np.percentile(draws, [2.5, 97.5]))]
+
+
+def judge(cell, policies):
+    """{method: its figures in a cell}: win rates with intervals, "opponent/domain" by the truth, "oracle/domain" against SFT by
+    the Oracle, "T=0.2/domain" against SFT at other temperatures; means of true reward, tokens, EOS, last log-probs."""
+    folders = {"sft": [(home, f"{home}/sft") for home, _ in next(iter(policies.values()))], **policies}
+    texts = {method: [read(folder) for _, folder in many] for method, many in folders.items()}
+    figures = {}
+    for method, many in folders.items():
+        row = figures[method] = {"seeds": len(many)}
+        for domain in DOMAINS:
+            for opponent in folders:
+                if opponent != method:
+                    row[f"{opponent}/{domain}"] = interval([wins(a[domain], b[domain]) for a, b in zip(texts[method], texts[opponent])])
+            for name in ("true", "tokens", "eos"):
+                row[f"{name}/{domain}"] = interval([np.array([text[name] for text in run[domain].values()], float) for run in texts[method]])
+            if cell["temperatures"] and method != "sft":
+                worlds = [f"{Path(folder).parent.parent}/sft.pt" for _, folder in many]
+                pairs = [(read(folder, 0.7, f"{folder}/rewards.pt"), read(f"{home}/sft", 0.7, world))
+                         for (home, folder), world in zip(many, worlds)]
+                row[f"oracle/{domain}"] = interval([wins(ours[domain], theirs[domain], "oracle") for ours, theirs in pairs])
+                for temperature in (0.2, 0.5, 0.9):
+                    row[f"T={temperature}/{domain}"] = interval([wins(read(folder, temperature)[domain], read(f"{home}/sft", temperature)[domain])
+                                                                 for home, folder in many])
+        if method not in ("sft", "sft_winners"):
+            last = [json.loads(open(f"{folder}/log.jsonl").readlines()[-1]) for _, folder in many]
+            row |= {name: float(np.mean([line[name] for line in last])) for name in ("logps/chosen", "logps/rejected")}
+    return figures
 
 
 def report(out, results):
-    """Prints a table a cell from {cell: {method: [(home, world, policy) of each seed]}}, and writes results.json."""
-    held = {}
-    for name, methods in results.items():
-        print(f"\n## {name}: {CELLS[name]['split']}, flips {CELLS[name]['flip']}, Oracle {CELLS[name]['oracle']}, "
-              f"{CELLS[name]['pairs']} pairs, {CELLS[name]['steps']} steps, {max(map(len, methods.values()))} seeds\n")
-        print("| method | against SFT, posts | articles | against DPO, posts | articles | true reward | tokens | EOS |\n|" + "---|" * 8)
-        for method, runs in methods.items():
-            sft_runs = [outcomes(f"{world}/{policy}/generations.jsonl", f"{home}/sft/generations.jsonl") for home, world, policy in runs]
-            dpo_runs = [outcomes(f"{world}/{policy}/generations.jsonl", f"{dpo[1]}/{dpo[2]}/generations.jsonl")
-                        for (home, world, policy), dpo in zip(runs, methods.get("dpo", []))]
-            row = {(opponent, domain): interval([run[domain][0] for run in many])
-                   for opponent, many in (("sft", sft_runs), ("dpo", dpo_runs)) if many for domain in ("test", "articles")}
-            reward, tokens, eos = (np.mean([run["test"][i].mean() for run in sft_runs]) for i in (1, 2, 3))
-            cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*row[key]) if key in row else "" for key in
-                     (("sft", "test"), ("sft", "articles"), ("dpo", "test"), ("dpo", "articles"))]
-            print(f"| {method} | {' | '.join(cells)} | {reward:.2f} | {tokens:.1f} | {eos:.2f} |")
-            held.setdefault(name, {})[method] = {f"{a}/{b}": value for (a, b), value in row.items()} | {
-                "true_reward": float(reward), "tokens": float(tokens), "eos": float(eos), "seeds": len(runs)}
-    with open(f"{out}/results.json.partial", "w") as file:
-        json.dump(held, file, indent=1)
+    """Prints a table a cell and writes results.json; results: {cell: judge()'s figures}."""
+    for name, figures in results.items():
+        cell = CELLS[name]
+        print(f"\n## {name}: {cell['split']}, flips {cell['flip']}, Oracle {cell['oracle']}, winners {cell['winners']}, {cell['pairs']} pairs, "
+              f"{cell['steps']} steps, {figures['sft']['seeds']} seeds\n")
+        columns = [f"{opponent}/{domain}" for opponent in OPPONENTS if opponent in figures for domain in DOMAINS]
+        columns += [column for column in next(reversed(figures.values())) if column.startswith(("oracle/", "T="))]
+        print("| method | " + " | ".join(columns) + " | true reward, posts / articles | tokens, EOS |\n|" + "---|" * (len(columns) + 3))
+        for method, row in figures.items():
+            texts = ["{:.2f} [{:.2f}, {:.2f}]".format(*row[column]) if column in row else "" for column in columns]
+            print(f"| {method} | {' | '.join(texts)} | {row['true/test'][0]:.2f} / {row['true/articles'][0]:.2f} | "
+                  f"{row['tokens/test'][0]:.1f}, {row['eos/test'][0]:.2f} |")
+    Path(f"{out}/results.json.partial").write_text(json.dumps(results, indent=1))
     os.replace(f"{out}/results.json.partial", f"{out}/results.json")
-    print(f"\n{out}/results.json written")
+    print(f"\nwrote {out}/results.json")
+
+
+def draw(out, results):
+    """grid.png: win rates against DPO by label noise and Oracle; degeneration.png: curves over 100, 300, 1000 steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if all(f"grid_{flip}_{who}" in results for flip in FLIPS for who in TEACHERS):
+        figure, panels = plt.subplots(2, len(GRID) - 1, figsize=(13, 5.4), sharex=True, sharey=True, layout="constrained")
+        for panel, (domain, method) in zip(panels.flat, itertools.product(DOMAINS, GRID[1:])):
+            values = [[results[f"grid_{flip}_{who}"][method][f"dpo/{domain}"][0] for flip in FLIPS] for who in TEACHERS]
+            image = panel.imshow(values, cmap="RdBu", vmin=0, vmax=1)
+            for (y, x), value in np.ndenumerate(values):
+                panel.text(x, y, f"{value:.2f}", ha="center", va="center")
+            panel.set(title=f"{method}, {DOMAINS[domain]}", xlabel="labels flipped", ylabel="Oracle")
+            panel.set_xticks(range(len(FLIPS)), FLIPS), panel.set_yticks(range(len(TEACHERS)), TEACHERS)
+            panel.label_outer()
+        figure.colorbar(image, ax=panels, label="win rate against DPO by the true reward")
+        save(figure, f"{out}/grid.png")
+
+    lengths = {100: "noisy_lc_le", 300: "steps_300", 1000: "steps_1000"}
+    if all(name in results for name in lengths.values()):
+        quantities = {"true/test": "true reward, posts", "tokens/test": "tokens", "eos/test": "EOS rate",
+                      "logps/chosen": "log-prob of chosen", "logps/rejected": "log-prob of rejected"}
+        figure, panels = plt.subplots(1, len(quantities), figsize=(16, 3.6), layout="constrained")
+        for panel, (quantity, title) in zip(panels, quantities.items()):
+            for method in results["steps_1000"]:
+                curve = [np.atleast_1d(results[name][method].get(quantity, np.nan))[0] for name in lengths.values()]
+                panel.plot(list(lengths), curve, ":k" if method == "sft" else ".-", label=method)
+            panel.set(title=title, xscale="log", xlabel="steps")
+            panel.set_xticks(list(lengths), list(lengths)), panel.minorticks_off()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+        save(figure, f"{out}/degeneration.png")
+
+
+def save(figure, path):
+    figure.savefig(f"{path}.partial", format="png", dpi=90)
+    os.replace(f"{path}.partial", path)
+    print(f"wrote {path}")
+
+
+def choose(out, seeds, workers, methods):
+    """Runs every setting of every method in CHOOSING_CELLS, and prints the one that wins most against SFT by the truth."""
+    cells = {name: CELLS[name] | {"methods": methods, "temperatures": False} for name in CHOOSING_CELLS}
+    runs = run(out, seeds, cells, {method: METHODS[method][3] for method in methods}, workers)
+    print(f"\n| method | setting | mean | {' | '.join(f'{name}, {domain}' for name in cells for domain in ('posts', 'articles'))} |\n|" + "---|" * 7)
+    for method in methods:
+        lines = []
+        for setting in METHODS[method][3]:
+            rates = [np.mean([wins(read(folder)[domain], read(f"{home}/sft")[domain]).mean() for home, folder in runs[name][method, setting]])
+                     for name in cells for domain in ("test", "articles")]
+            lines.append((np.mean(rates), setting, rates))
+        for mean, setting, rates in lines:
+            best = "**" if mean == max(lines)[0] else ""
+            print(f"| {method} | {best}`{setting}`{best} | {mean:.3f} | {' | '.join(f'{rate:.3f}' for rate in rates)} |")
 
 
 def main():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
     parser.add_argument("--out", default="out/lab", help="folder to write")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="each its own data and base LM")
+    parser.add_argument("--choose", action="store_true", help=f"try every method's settings, on seeds {CHOOSING_SEEDS} (or --seeds)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="each its own data and base LM (default: 20 to 24)")
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS), metavar="CELL", help=f"of {', '.join(CELLS)}")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=f"only these, of {', '.join(METHODS)}")
     parser.add_argument("--workers", type=int, default=2, help="seeds at a time, a thread each")
     args = parser.parse_args()
     args.out = os.path.abspath(args.out)
-    cells = {name: {**CELLS[name], "methods": [m for m in CELLS[name]["methods"] if m in (args.methods or METHODS)]} for name in args.cells}
-    results = {name: {method: [] for method in cells[name]["methods"]} for name in cells}
-    total = len(args.seeds) * sum(len(cell["methods"]) for cell in cells.values())
-    start = time.time()
-    with tqdm(total=total, desc="policies") as bar, ThreadPoolExecutor(args.workers) as pool:
-        def one(seed):
-            home = f"{args.out}/seed{seed}"
-            prepare(home, seed)
-            for name, cell in cells.items():
-                for method, (world, policy) in zip(cell["methods"], run_cell(home, seed, name, cell)):
-                    results[name][method].append((seed, home, world, policy))
-                    bar.update()
-        list(pool.map(one, args.seeds))
-    for methods in results.values():  # seeds in order, whichever ended first
-        for method, runs in methods.items():
-            methods[method] = [run[1:] for run in sorted(runs)]
+    if args.choose:
+        tried = [method for method in METHODS if METHODS[method][3] and method in (args.methods or METHODS)]
+        return choose(args.out, args.seeds or CHOOSING_SEEDS, args.workers, tried)
+    cells = {name: CELLS[name] | {"methods": [m for m in CELLS[name]["methods"] if m in (args.methods or METHODS)]} for name in args.cells}
+    runs = run(args.out, args.seeds or list(range(20, 25)), cells, {method: [METHODS[method][2]] for method in METHODS}, args.workers)
+    results = {name: judge(cells[name], {method: many for (method, _), many in runs[name].items()}) for name in tqdm(runs, "judging")}
     report(args.out, results)
-    print(f"{total} policies in {(time.time() - start) / 60:.0f} minutes")
+    draw(args.out, results)
 
 
 if __name__ == "__main__":

@@ -295,14 +295,14 @@ def make_tokenizer():
                                    eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False)
 
 
-def make_model(tokenizer, seed=0, steps=0, batch_size=48, learning_rate=4e-3):
+def make_model(tokenizer, seed=0, steps=0, batch_size=48, learning_rate=4e-3, hidden_size=64, num_hidden_layers=2):
     """The tiny Llama, fp32, after `steps` steps (0: random weights) on clean documents that grow longer."""
     import torch
     from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=num_hidden_layers,
         num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
         initializer_range=0.1,  # from the usual 0.02 it does not learn to copy in the time it has
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
