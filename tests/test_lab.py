@@ -1,0 +1,46 @@
+"""The study's arithmetic (tests/lab.py): intervals, verdicts, and the sets it cuts."""
+import json
+
+import numpy as np
+
+import lab
+import toy
+
+
+def test_the_interval_covers_the_truth_in_19_of_20_studies():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(2000):  # five seeds whose true rates differ, forty prompts each
+        rates = rng.normal(0.6, 0.05, 5)
+        mean, low, high = lab.interval([rng.random(40) < rate for rate in rates])
+        covered += low <= 0.6 <= high
+    assert 0.935 < covered / 2000 < 0.965
+
+
+def test_wins_go_to_the_higher_true_reward_and_a_tie_counts_half():
+    ours = {"a": {"true": 1.0}, "b": {"true": 2.0}, "c": {"true": -1.0}}
+    theirs = {"c": {"true": 0.0}, "a": {"true": 0.5}, "b": {"true": 2.0}}
+    assert lab.wins(ours, theirs).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_the_length_dial_cuts_a_set_in_three(tmp_path):
+    rows = toy.make_pairs(200, 0)
+    (tmp_path / "data").mkdir()
+    toy.write_jsonl(tmp_path / "train.jsonl", rows)
+    kept = {which: [json.loads(line) for line in open(lab.keep_winners(tmp_path / "train.jsonl", which, tmp_path))]
+            for which in ("shorter", "equal", "longer")}
+    assert sum(map(len, kept.values())) == len(rows) and all(len(some) > 20 for some in kept.values())
+    assert all(len(row["chosen"].split()) < len(row["rejected"].split()) for row in kept["shorter"])
+
+
+def test_every_seed_not_reported_is_kept_from_the_choice():
+    assert not set(lab.CHOOSING_SEEDS) & set(lab.SEEDS)
+    assert all(method in lab.METHODS for cell in lab.CELLS.values() for method in cell["methods"])
+
+
+def test_true_rewards_are_read_by_align(tmp_path):
+    import align
+    toy.write_jsonl(tmp_path / "pairs.jsonl", rows := toy.make_pairs(9, 3))
+    lab.true_rewards(tmp_path / "pairs.jsonl", tmp_path / "true.pt")
+    rewards = align.load_rewards(tmp_path / "true.pt", tmp_path / "pairs.jsonl", 9, "--oracle_rewards")
+    own = np.array([[[row["chosen_reward"], row["rejected_reward"]] for row in rows]], np.float32)
+    assert np.array_equal(rewards, own)
