@@ -50,20 +50,21 @@ WITHOUT_BETA = [f"--learning_rate {rate}" for rate in (5e-5, 1e-4, 2e-4, 5e-4, 1
 # CHOOSING_CELLS and both domains), and what there was to choose from
 DRDO = "--loss drdo --student_rewards"
 METHODS = {
-    "sft_winners": ("", None, "--learning_rate 5e-4", WITHOUT_BETA),
-    "dpo": ("--loss dpo", None, "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
-    "dpo_nll": ("--loss dpo --nll_coef 0.025", None, "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
-    "edpo": ("--loss edpo", "ensemble", "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
-    "edpo_oracle": ("--loss edpo", "oracle", "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
-    "edpo_oracle_nll": ("--loss edpo --nll_coef 0.025", "oracle", "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
-    "drdo": (f"{DRDO} head", "oracle", "--learning_rate 5e-4", WITHOUT_BETA),
-    "drdo_p_mean": (f"{DRDO} head --p_w mean", "oracle", "--learning_rate 5e-4", WITHOUT_BETA),
-    "drdo_logps": (f"{DRDO} logps", "oracle", "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
-    "drdo_log_ratio": (f"{DRDO} log_ratio", "oracle", "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
-    "drdo_log_ratio_p_mean": (f"{DRDO} log_ratio --p_w mean", "oracle", "--learning_rate 5e-4 --beta 0.1", WITH_BETA),
+    "sft_winners": ("", None, "--learning_rate 2e-4", WITHOUT_BETA),
+    "dpo": ("--loss dpo", None, "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
+    "dpo_nll": ("--loss dpo --nll_coef 0.025", None, "--learning_rate 1e-4 --beta 0.3", WITH_BETA),
+    "edpo": ("--loss edpo", "ensemble", "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
+    "edpo_oracle": ("--loss edpo", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
+    "edpo_oracle_nll": ("--loss edpo --nll_coef 0.025", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
+    "drdo": (f"{DRDO} head", "oracle", "--learning_rate 1e-4", WITHOUT_BETA),
+    "drdo_p_mean": (f"{DRDO} head --p_w mean", "oracle", "--learning_rate 2e-4", WITHOUT_BETA),
+    "drdo_logps": (f"{DRDO} logps", "oracle", "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
+    "drdo_log_ratio": (f"{DRDO} log_ratio", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
+    "drdo_log_ratio_p_mean": (f"{DRDO} log_ratio --p_w mean", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
 }
 SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [20, 21, 22, 23, 24], [90, 91], ["clean_all", "noisy_lc_le"]
 HEADLINE, GRID = list(METHODS), ["dpo", "edpo", "edpo_oracle", "drdo", "drdo_logps", "drdo_log_ratio"]
+DIALS = ["dpo", *GRID[2:]]
 
 
 def variants(method, *flags):
@@ -72,10 +73,10 @@ def variants(method, *flags):
     return {f"{method} {flag}": (f"{loss} {flag}", learns, setting, []) for flag in flags}
 
 
-BETAS = [f"--beta {beta}" for beta in (0.1, 0.5, 1, 10)]
+BETAS = ["--beta 0.5", "--beta 1", "--beta 10"]
 ABLATION = {  # AdamW is blind to the loss's scale: at alpha 10000 the contrastive term is alone
     **variants("drdo", "--alpha 0", "--alpha 1", "--alpha 10000", "--gamma 0", "--gamma 1", "--gamma 5", "--detach_focal"),
-    **variants("drdo_logps", "--alpha 0", "--alpha 1", "--gamma 0", "--gamma 5", *BETAS),
+    **variants("drdo_logps", "--alpha 0", "--alpha 1", "--beta 0.1", *BETAS),
     **variants("drdo_log_ratio", "--alpha 1", "--gamma 0", "--gamma 5", *BETAS),
     **variants("dpo", *BETAS), **variants("edpo_oracle", *BETAS),
 }
@@ -96,9 +97,9 @@ CELLS = {
     **{f"steps_{n}": cell(flip=0.4, split="lc_le", steps=n, methods=["sft_winners", "dpo", "dpo_nll", *GRID[2:]]) for n in (300, 1000)},
     **{f"grid_{flip}_{who}": cell(flip=flip, oracle=who, methods=GRID) for who in TEACHERS for flip in FLIPS},
     "ablation": cell(methods=["dpo", "drdo", "drdo_logps", "drdo_log_ratio", "edpo_oracle", *ABLATION]),
-    "clean_hc_he": cell(split="hc_he"), "clean_lc_le": cell(split="lc_le"),
-    **{f"winners_{which}": cell(winners=which, methods=GRID) for which in ("shorter", "equal", "longer")},
-    **{f"pairs_{n}": cell(flip=0.2, pairs=n, methods=GRID) for n in (500, 1500)},
+    "clean_hc_he": cell(split="hc_he", methods=GRID), "clean_lc_le": cell(split="lc_le", methods=GRID),
+    **{f"winners_{which}": cell(winners=which, methods=DIALS) for which in ("shorter", "equal", "longer")},
+    **{f"pairs_{n}": cell(flip=0.2, pairs=n, methods=DIALS) for n in (500, 1500)},
 }
 
 
