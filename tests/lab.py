@@ -355,6 +355,53 @@ def report(out, results):
     print(f"\nwrote {out}/results.json")
 
 
+def terms(out, seeds, pairs=480):
+    """Prints what each term of Eq. 6 does on the clean D_all: the norm of its gradient on the LM's weights, and its push on
+    z_w and z_l, minus its derivative there, a pair (mean over pairs); at the SFT policy and at DRDO's after 100 steps."""
+    import transformers
+    from losses import contrastive_loss, distillation_loss, dpo_loss, log1mexp
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    print("| policy | z_w, z_l | term | gradient norm | push on z_w | push on z_l |\n|" + "---|" * 6)
+    for name in ("sft", "drdo", "drdo_logps"):
+        figures, sizes = {}, []
+        for seed in seeds:
+            home = f"{out}/seed{seed}"
+            world, setting = f"{home}/flip0.0_pairs6000", METHODS.get(name, ("", "", ""))[2].replace(" ", "").replace("--", "_")
+            folder = f"{home}/sft" if name == "sft" else f"{world}/all_learned_100/{name}{setting}"
+            tokenizer = align.load_tokenizer(folder)
+            lm = align.load_model(folder, tokenizer.pad_token_id)
+            torch.manual_seed(seed)
+            align.add_head(lm)
+            if name == "drdo":  # the head that it learned
+                from safetensors.torch import load_file
+                lm.score.weight.data = load_file(f"{folder}/model.safetensors")["score.weight"]
+            rows = [json.loads(line) for line, _ in zip(open(f"{world}/data/all/train.jsonl"), range(pairs))]
+            encoded = [[np.array(ids) for ids in (align.encode_prompt(tokenizer, row["prompt"]), *(
+                align.encode_response(tokenizer, row[key]) for key in ("chosen", "rejected")))] for row in rows]
+            logps, rewards = align.PairModel(lm)(**align.collate(encoded, tokenizer.pad_token_id, "cpu"))
+            saved = torch.load(f"{world}/all.learned.pt", weights_only=True)
+            teacher = saved["chosen"][0, :pairs], saved["rejected"][0, :pairs]
+            z_w, z_l = logps.unbind(1)
+            focal = torch.sigmoid(z_l - z_w) ** 2
+            parts = {"distillation, r^ the head": distillation_loss(*rewards.unbind(1), *teacher),
+                     "distillation, r^ = 0.03 log pi": distillation_loss(0.03 * z_w, 0.03 * z_l, *teacher),
+                     "0.1 x contrastive, whole": 0.1 * contrastive_loss(z_w, z_l),
+                     "... likelihood of y_w": -0.1 * focal.detach() * z_w,
+                     "... log(1 - pi(y_l))": 0.1 * focal.detach() * log1mexp(z_l),
+                     "... the focal factor's own gradient": -0.1 * focal * (z_w - log1mexp(z_l)).detach(),
+                     "DPO, beta 0.1, at its start": dpo_loss(z_w, z_l, z_w.detach(), z_l.detach())}
+            sizes.append(logps.mean(0).tolist())
+            for term, loss in parts.items():
+                gradient = torch.autograd.grad(loss.mean(), list(lm.base_model.parameters()), retain_graph=True)
+                pushes = torch.autograd.grad(loss.sum(), logps, retain_graph=True, allow_unused=True)[0]
+                pushes = [0.0, 0.0] if pushes is None else (-pushes.mean(0)).tolist()
+                figures.setdefault(term, []).append([sum((g ** 2).sum() for g in gradient).sqrt().item(), *pushes])
+        for term, many in figures.items():
+            norm, push_w, push_l = np.mean(many, 0)
+            print(f"| {name} | {', '.join(f'{z:.1f}' for z in np.mean(sizes, 0))} | {term} | {norm:.3g} | {push_w:+.2g} | {push_l:+.2g} |")
+
+
 def draw(out, results):
     """grid.png: win rates against DPO by label noise and Oracle; degeneration.png: curves over 100, 300, 1000 steps."""
     import matplotlib
@@ -416,6 +463,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
     parser.add_argument("--out", default="out/lab", help="folder to write")
     parser.add_argument("--choose", action="store_true", help=f"try every method's settings, on seeds {CHOOSING_SEEDS} (or --seeds)")
+    parser.add_argument("--terms", action="store_true", help="print the sizes of Eq. 6's terms on policies that are there")
     parser.add_argument("--seeds", type=int, nargs="+", help=f"each its own data and base LM (default: {SEEDS})")
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS), metavar="CELL", help=f"of {', '.join(CELLS)}")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=f"only these, of {', '.join(METHODS)}")
@@ -425,6 +473,8 @@ def main():
     if args.choose:
         tried = [method for method in METHODS if METHODS[method][3] and method in (args.methods or METHODS)]
         return choose(args.out, args.seeds or CHOOSING_SEEDS, args.workers, tried)
+    if args.terms:
+        return terms(args.out, args.seeds or SEEDS)
     cells = {name: CELLS[name] | {"methods": [m for m in CELLS[name]["methods"] if m in (args.methods or METHODS)]} for name in args.cells}
     runs = run(args.out, args.seeds or SEEDS, cells, {method: [METHODS[method][2]] for method in METHODS}, args.workers)
     results = {name: judge(cells[name], {method: many for (method, _), many in runs[name].items()}) for name in tqdm(runs, "judging")}
