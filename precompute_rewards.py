@@ -15,6 +15,7 @@ at the response's EOS. A text that stands in several rows is scored once. Rows a
 the processes; neither their number nor the batch size changes a reward beyond float rounding (bf16's, on a GPU).
 """
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -87,22 +88,24 @@ def score(model, texts, pad_token_id, micro_batch_size, device, description):
 def main():
     args = parse_args()
     device, rank, _ = init_process()
-    rows = read_jsonl(args.data, "prompt")
-    keys = ["response"] if "response" in rows[0] and "chosen" not in rows[0] else ["chosen", "rejected"]
+    first = read_jsonl(args.data, "prompt")[0]
+    keys = ["response"] if "response" in first and "chosen" not in first else ["chosen", "rejected"]
     rows = read_jsonl(args.data, "prompt", *keys)
     if keys == ["response"] and any(isinstance(row.get("reference"), str) for row in rows):
         keys.append("reference")
     with open(args.data, "rb") as file:
         data_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
+    prompts = [sys.intern(json.dumps(row["prompt"])) for row in rows]  # equal ones are one string
     unique = {}  # (prompt, response) -> its number: references, and repeated generations, are scored once
-    texts = {key: [(i, unique.setdefault((json.dumps(row["prompt"]), row[key]), len(unique)))
+    texts = {key: [(i, unique.setdefault((prompts[i], row[key]), len(unique)))
                    for i, row in enumerate(rows) if isinstance(row.get(key), str)] for key in keys}  # (row, number)
     rewards = {key: torch.full((len(args.oracle), len(rows)), math.nan) for key in keys}
     for k, folder in enumerate(args.oracle):
         tokenizer = load_tokenizer(folder)
         model = load_oracle(folder, device)
-        ids = [encode_prompt(tokenizer, json.loads(prompt)) + encode_response(tokenizer, response)
+        encode = functools.cache(lambda prompt: np.array(encode_prompt(tokenizer, json.loads(prompt)), dtype=np.int32))
+        ids = [np.append(encode(prompt), np.array(encode_response(tokenizer, response), dtype=np.int32))
                for prompt, response in tqdm(unique, "tokenising", disable=rank > 0)]
         max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
         fits = [i for i, text in enumerate(ids) if len(text) <= max_length]
