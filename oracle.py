@@ -207,12 +207,12 @@ def main():
     tokenizer = load_tokenizer(args.model)
     lm = load_model(args.model, tokenizer.pad_token_id)
     args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
-    rows = read_jsonl(args.data, "prompt", "chosen", "rejected")
-    pairs, _ = encode_pairs(tokenizer, rows, args.max_length, args.data)
+    keys = "prompt", "chosen", "rejected"
+    pairs, _ = encode_pairs(tokenizer, read_jsonl(args.data, *keys), args.max_length, args.data)
     eval_pairs = []
     if args.eval_data:
-        rows = read_jsonl(args.eval_data, "prompt", "chosen", "rejected")
-        eval_pairs, _ = encode_pairs(tokenizer, rows[:args.eval_rows or None], args.max_length, args.eval_data)
+        eval_pairs, _ = encode_pairs(tokenizer, read_jsonl(args.eval_data, *keys)[:args.eval_rows or None], args.max_length,
+                                     args.eval_data)
     if len(pairs) < args.batch_size:
         fail(f"{args.data}: {len(pairs)} pairs are fewer than --batch_size {args.batch_size}; lower it")
     lengths = np.array([sum(map(len, pair)) for pair in pairs])

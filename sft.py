@@ -72,9 +72,8 @@ def parse_args():
 
 def load_split(path, tokenizer, max_length, limit=0):
     """Token ids (prompt, response) of those of a file's rows (of its first `limit`) that fit in max_length."""
-    rows = read_jsonl(path, "prompt")
-    key = next((key for key in ("chosen", "label", "response") if key in rows[0]), "chosen")
-    examples = []
+    first, examples = read_jsonl(path, "prompt")[0], []
+    key = next((key for key in ("chosen", "label", "response") if key in first), "chosen")
     rows = read_jsonl(path, "prompt", key)[:limit or None]
     for row in tqdm(rows, "tokenising", disable=dist.get_rank() > 0):
         prompt, response = encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row[key])
