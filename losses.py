@@ -129,12 +129,13 @@ def log1mexp(x):
 # ---- readouts of the last hidden state --------------------------------------------------------------------------
 
 
-def response_logps(hidden, lm_head, input_ids, segments, previous, num_responses=2, max_logits=2**28):
+def response_logps(hidden, lm_head, input_ids, segments, previous, num_responses=2, max_logits=2**26):
     """log pi(y|x) of the responses that a batch of rows holds, the log-probs of their tokens summed.
 
     A row is a prompt and the responses to it, one behind the other. Only positions that predict a response token meet
-    the vocabulary. Past `max_logits` of their logits (2^28: 1 GiB in fp32), they are made in chunks and made again in
-    the backward pass, so that memory does not grow with tokens x vocabulary.
+    the vocabulary. Past `max_logits` of their logits (2^26: 256 MiB in fp32, four times that at the backward pass's
+    peak), they are made in chunks and made again in the backward pass, so that memory does not grow with tokens x
+    vocabulary.
 
     Args:
         hidden: (B, T, H), the last hidden states, after the final norm.

@@ -145,7 +145,7 @@ def readout_batch():
     return hidden, lm_head, input_ids, segments, previous
 
 
-@pytest.mark.parametrize("max_logits", [2**28, 33, 1])
+@pytest.mark.parametrize("max_logits", [2**26, 33, 1])
 def test_response_logps_against_a_loop_and_in_chunks(max_logits):
     hidden, lm_head, input_ids, segments, previous = readout_batch()
     hidden.requires_grad_()
