@@ -304,7 +304,9 @@ def main():
     to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
     check_layout(engine.module, to_batch([pairs[lengths.argmax()]]), args.model)
     step, run = start_run(engine, args)
-    reference, eval_reference = reference_logps(engine.module, [pairs, eval_pairs], args, to_batch)
+    trained = np.unique([*itertools.islice(batches(lengths, args.batch_size, args.seed), max_steps)])  # the rows of this run
+    known, eval_reference = reference_logps(engine.module, [[pairs[i] for i in trained], eval_pairs], args, to_batch)
+    reference = torch.full((len(pairs), 2), math.nan).index_copy(0, torch.as_tensor(trained), known)
 
     # ---- training
     window, tokens, start = [], 0, time.time()
