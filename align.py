@@ -524,7 +524,7 @@ def make_engine(model, args, device, max_steps):
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=args.learning_rate)
+                                   {"params": others, "weight_decay": 0.0}], lr=args.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, args.warmup_steps, max_steps))
     try:
         with open(args.deepspeed_config) as file:
