@@ -339,17 +339,24 @@ def judge(cell, policies):
 
 def report(out, results):
     """Prints a table a cell and writes results.json; results: {cell: judge()'s figures}."""
+    def show(row, name, digits=True):
+        return " / ".join(("{:.2f} [{:.2f}, {:.2f}]" if digits else "{:.2f}").format(*row[f"{name}/{domain}"]) for domain in DOMAINS)
+
     for name, figures in results.items():
-        cell = CELLS[name]
+        cell, last = CELLS[name], next(reversed(figures.values()))
         print(f"\n## {name}: {cell['split']}, flips {cell['flip']}, Oracle {cell['oracle']}, winners {cell['winners']}, {cell['pairs']} pairs, "
-              f"{cell['steps']} steps, {figures['sft']['seeds']} seeds\n")
-        columns = [f"{opponent}/{domain}" for opponent in OPPONENTS if opponent in figures for domain in DOMAINS]
-        columns += [column for column in next(reversed(figures.values())) if column.startswith(("oracle/", "T="))]
-        print("| method | " + " | ".join(columns) + " | true reward, posts / articles | tokens, EOS |\n|" + "---|" * (len(columns) + 3))
+              f"{cell['steps']} steps, {figures['sft']['seeds']} seeds; posts / articles\n")
+        columns = [opponent for opponent in OPPONENTS if opponent in figures] + ["oracle"] * ("oracle/test" in last)
+        titles = ["against SFT by the Oracle" if column == "oracle" else f"against {column}" for column in columns]
+        print(f"| method | {' | '.join(titles)} | true reward | tokens | EOS | log pi(y_w), log pi(y_l) |\n|" + "---|" * (len(columns) + 5))
         for method, row in figures.items():
-            texts = ["{:.2f} [{:.2f}, {:.2f}]".format(*row[column]) if column in row else "" for column in columns]
-            print(f"| {method} | {' | '.join(texts)} | {row['true/test'][0]:.2f} / {row['true/articles'][0]:.2f} | "
-                  f"{row['tokens/test'][0]:.1f}, {row['eos/test'][0]:.2f} |")
+            wins = [show(row, column) if f"{column}/test" in row else "" for column in columns]
+            logps = "{logps/chosen:.1f}, {logps/rejected:.1f}".format(**row) if "logps/chosen" in row else ""
+            print(f"| {method} | {' | '.join(wins)} | {show(row, 'true', False)} | {row['tokens/test'][0]:.1f} | {row['eos/test'][0]:.2f} | {logps} |")
+        if "T=0.2/test" in last:
+            print("\nAgainst SFT at the same temperature:\n\n| method | T = 0.2 | 0.5 | 0.7 | 0.9 |\n|" + "---|" * 5)
+            for method, row in list(figures.items())[1:]:
+                print(f"| {method} | " + " | ".join(show(row, t, False) for t in ("T=0.2", "T=0.5", "sft", "T=0.9")) + " |")
     Path(f"{out}/results.json.partial").write_text(json.dumps(results, indent=1))
     os.replace(f"{out}/results.json.partial", f"{out}/results.json")
     print(f"\nwrote {out}/results.json")
