@@ -228,7 +228,7 @@ def run_cell(home, seed, cell, settings):
         score([learned], data, rewards["learned"])
     elif cell["oracle"] == "larger":
         model, comparisons = larger_base(home, seed), more_comparisons(world, 3 * cell["pairs"], seed, cell["flip"])
-        score([reward_model(f"{world}/larger_oracle", "--max_steps", 800, model=model, data=comparisons)], data, rewards["larger"])
+        score([reward_model(f"{world}/larger_oracle", "--max_steps", 500, model=model, data=comparisons)], data, rewards["larger"])
     elif not os.path.exists(rewards["true"]):
         true_rewards(data, rewards["true"])
     if any(METHODS[method][1] == "ensemble" for method in cell["methods"]):
