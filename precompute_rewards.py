@@ -96,7 +96,7 @@ def main():
     with open(args.data, "rb") as file:
         data_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
-    prompts = [sys.intern(json.dumps(row["prompt"])) for row in rows]  # equal ones are one string
+    prompts = [sys.intern(json.dumps(row.pop("prompt"))) for row in rows]  # each once in memory
     unique = {}  # (prompt, response) -> its number: references, and repeated generations, are scored once
     texts = {key: [(i, unique.setdefault((prompts[i], row[key]), len(unique)))
                    for i, row in enumerate(rows) if isinstance(row.get(key), str)] for key in keys}  # (row, number)
