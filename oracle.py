@@ -429,7 +429,15 @@ def make_engine(model, args, device, max_steps):
             config["bf16"] = {"enabled": False}  # 3 times slower than fp32 there
         if config["zero_optimization"]["stage"] not in (1, 2):  # 3 leaves no whole model to read a head from, or to save
             raise ValueError("zero_optimization.stage must be 1 or 2")
-        return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+        alone = device.type == "cpu" and dist.get_world_size() == 1
+        if alone:  # nothing to share out, and the weights are fp32 as they are: ZeRO would only copy weights and gradients
+            config["zero_optimization"] = {"stage": 0}
+            clip = config.pop("gradient_clipping", 0) or math.inf  # else DeepSpeed clips there without saying the norm
+            optimizer.register_step_pre_hook(lambda *_: setattr(
+                optimizer, "_global_grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+        engine.enable_backward_allreduce = not alone
+        return engine
     except Exception as error:
         fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json that "
              "stands beside this script")
