@@ -20,6 +20,7 @@ intermediate) measured beside it. On a CPU TRL 1.16 computes the logits of every
 only: there the ratios are higher. The GPU's path, bf16 on both sides, is untested.
 """
 import argparse
+import functools
 import hashlib
 import importlib
 import itertools
@@ -36,7 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-RATIOS = {"1:1": (128, 128), "3:1": (192, 64), "11:1": (352, 32)}  # tokens of prompt and response, template and EOS in them
+RATIOS = {"1:1": (128, 128), "3:1": (192, 64), "11:1": (352, 32)}  # tokens of prompt and response, all included
 NATURAL = (34, 33), (167, 90), (143, 81)  # mean and std of prompt, chosen, rejected: AlpacaEval's pairs, SmolLM2's tokens
 GOALS = {"1:1": (0.55, 0.80), "3:1": (0.45, 0.70), "11:1": (0.35, 0.60), "natural": (0.85, None)}  # time, memory
 
@@ -58,10 +59,11 @@ def make_gate(pipe):
     """A function to be called between steps: it reports the step to the parent and waits for its word."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-    flash = "_scaled_dot_product_flash_attention_for_cpu"  # torch has no formulas for these three
-    formulas = {getattr(torch.ops.aten, flash): lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-                getattr(torch.ops.aten, f"{flash}_backward"): lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
-                torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+    aten = torch.ops.aten  # torch has no formulas for these three
+    formulas = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+                aten._scaled_dot_product_flash_attention_for_cpu_backward:
+                    lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+                aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
     cuda, watch, start = torch.cuda.is_available(), None, (time.perf_counter(), time.process_time())
 
     def gate():
@@ -150,8 +152,9 @@ def run_plain_scoring(folder, data, batch_size, gate):
     model = gate_forward(load("SequenceClassification", folder).eval(), gate)
     tokenizer, rewards = transformers.AutoTokenizer.from_pretrained(folder), []
     texts = [prompt + response for prompt, *responses in map(json.loads, open(data)) for response in responses]
+    tokenizer.padding_side = "right"
     for i in range(0, len(texts), batch_size):
-        batch = tokenizer.pad({"input_ids": texts[i:i + batch_size]}, padding_side="right", return_tensors="pt").to(model.device)
+        batch = tokenizer.pad({"input_ids": texts[i:i + batch_size]}, return_tensors="pt").to(model.device)
         with torch.no_grad():
             rewards += model(**batch).logits[:, 0].tolist()
     gate()
@@ -162,9 +165,10 @@ def run_plain_generation(folder, data, batch_size, max_new_tokens, gate):
     import transformers
     model, tokenizer = load("CausalLM", folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
     prompts = [prompt for prompt, *_ in map(json.loads, open(data))]
+    tokenizer.padding_side = "left"
     for i in range(0, len(prompts), batch_size):
         gate()
-        batch = tokenizer.pad({"input_ids": prompts[i:i + batch_size]}, padding_side="left", return_tensors="pt").to(model.device)
+        batch = tokenizer.pad({"input_ids": prompts[i:i + batch_size]}, return_tensors="pt").to(model.device)
         output = model.generate(**batch, do_sample=True, temperature=0.7, top_p=0.8, top_k=0, max_new_tokens=max_new_tokens)
         tokenizer.batch_decode(output[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
     gate()
@@ -227,8 +231,9 @@ def alternate(sides, home, steps=None, profile=False, yardstick=None):
                 alive.remove(name)
                 continue
             results[name]["memory"] = report["memory"]
-            for key, value in ("seconds", report["seconds"]), ("cpu", report["cpu"]), ("yardstick", yardstick() if yardstick else 0):
-                results[name][key].append(value)
+            results[name]["seconds"].append(report["seconds"])
+            results[name]["cpu"].append(report["cpu"])
+            results[name]["yardstick"].append(yardstick() if yardstick else 0)
         if not alive:
             break
     for name in alive[:1] if profile else []:
@@ -265,9 +270,9 @@ def make_row(what, theirs, a, b, rows, time_goal=None, memory_goal=None):
     mfu = " / ".join(f"{statistics.median(side['flops'] / s / y for s, y in zip(side['seconds'], side['yardstick'])):.2f}"
                      for side in (a, b)) if by_step and a["yardstick"][0] else ""
     flops, memory = f"{a['flops'] / b['flops']:.2f}" if by_step else "", a["memory"] / b["memory"]
-    line = (f"| {what} | {theirs} | **{ratio:.2f}** ({time_[0]:.1f} / {time_[1]:.1f} s) | {goal(ratio, time_goal)} | {cpu_ratio:.2f} "
-            f"({cpu[0]:.1f} / {cpu[1]:.1f} s) | {flops} | **{memory:.2f}** "
-            f"({a['memory']:.1f} / {b['memory']:.1f} GiB) | {goal(memory, memory_goal)} | {rows / time_[0]:.2f} | {mfu} |")
+    line = (f"| {what} | {theirs} | **{ratio:.2f}** ({time_[0]:.1f} / {time_[1]:.1f} s) | {goal(ratio, time_goal)} | "
+            f"{cpu_ratio:.2f} ({cpu[0]:.1f} / {cpu[1]:.1f} s) | {flops} | **{memory:.2f}** ({a['memory']:.1f} / "
+            f"{b['memory']:.1f} GiB) | {goal(memory, memory_goal)} | {rows / time_[0]:.2f} | {mfu} |")
     print(line, file=sys.stderr, flush=True)
     return line
 
@@ -373,57 +378,65 @@ def main():
         return write_data(f"{home}/{shape.replace(':', '_')}_{number}", tokenizer, rows, batch_size)
 
     def ours(stage, folder, *flags):
-        return (run_ours, stage, ["--model", model, "--data", f"{folder}/pairs.jsonl", "--eval_data", "", "--out", f"{folder}/{stage}",
-                "--batch_size", batch, "--micro_batch_size", batch, "--max_steps", total, "--learning_rate", 1e-6, "--warmup_steps", 0,
-                "--save_steps", 0, "--deepspeed_config", args.deepspeed_config, *flags])
+        return (run_ours, stage, ["--model", model, "--data", f"{folder}/pairs.jsonl", "--eval_data", "",
+                "--out", f"{folder}/{stage}", "--batch_size", batch, "--micro_batch_size", batch, "--max_steps", total,
+                "--learning_rate", 1e-6, "--warmup_steps", 0, "--save_steps", 0, "--deepspeed_config", args.deepspeed_config, *flags])
 
     def theirs(kind, folder, **options):
         return run_trl, kind, model, f"{folder}/ids.jsonl", batch, total, options
 
     def compare(what, shape, sides, goals):
-        """Adds a row for the first of the sides against each other one, with its goals."""
-        tokens, hidden = batch * (RATIOS[shape][0] + 2 * RATIOS[shape][1]) if shape in RATIOS else 0, config.hidden_size
-        width = getattr(config, "intermediate_size", 4 * hidden)
-        results = alternate(sides, home, args.steps, args.profile, (lambda: matmul_speed(tokens, hidden, width)) if tokens else None)
+        """Adds a row for the first of the sides against each other one, with its goals of time and memory."""
+        yardstick = None
+        if shape in RATIOS:
+            tokens, width = batch * (RATIOS[shape][0] + 2 * RATIOS[shape][1]), config.hidden_size
+            yardstick = functools.partial(matmul_speed, tokens, width, getattr(config, "intermediate_size", 4 * width))
+        results = alternate(sides, home, args.steps, args.profile, yardstick)
         for name in list(sides)[1:]:
             table.append(make_row(f"{what}, {shape}", name, results[next(iter(sides))], results[name], batch, *goals[name]))
 
     for shape in args.shapes if "align" in args.modes else []:
         folder = data(shape)
-        compare("align.py, dpo", shape, {"ours": ours("align", folder, "--loss", "dpo"),
-                "DPOTrainer": theirs("DPO", folder, precompute_ref_log_probs=True)}, {"DPOTrainer": GOALS[shape]})
+        compare("align.py, dpo", shape, {
+            "ours": ours("align", folder, "--loss", "dpo"),
+            "DPOTrainer": theirs("DPO", folder, precompute_ref_log_probs=True)}, {"DPOTrainer": GOALS[shape]})
     if "in_the_loop" in args.modes:
         folder, name = data("3:1"), "DPOTrainer, reference in the loop"
-        compare("align.py, dpo", "3:1", {"ours": ours("align", folder, "--loss", "dpo"), name: theirs("DPO", folder)}, {name: GOALS["3:1"]})
+        compare("align.py, dpo", "3:1", {
+            "ours": ours("align", folder, "--loss", "dpo"), name: theirs("DPO", folder)}, {name: GOALS["3:1"]})
     for loss in ("drdo", "edpo") if "losses" in args.modes else []:
         folder = data("3:1")
         flags = ["--loss", loss, "--oracle_rewards", f"{folder}/rewards.pt", "--out", f"{folder}/{loss}"]
         compare(f"align.py, {loss}", "3:1", {
             loss: ours("align", folder, *flags), "our dpo": ours("align", folder, "--loss", "dpo"),
-            "DPOTrainer": theirs("DPO", folder, precompute_ref_log_probs=True)}, {"our dpo": (1.03,), "DPOTrainer": GOALS["3:1"]})
+            "DPOTrainer": theirs("DPO", folder, precompute_ref_log_probs=True)},
+            {"our dpo": (1.03,), "DPOTrainer": GOALS["3:1"]})
     for shape in args.shapes if "oracle" in args.modes else []:
         folder = data(shape)
-        compare("oracle.py, alpha 0", shape, {"ours": ours("oracle", folder, "--alpha", 0), "RewardTrainer": theirs("Reward", folder)},
-                {"RewardTrainer": GOALS[shape]})
+        compare("oracle.py, alpha 0", shape, {
+            "ours": ours("oracle", folder, "--alpha", 0), "RewardTrainer": theirs("Reward", folder)},
+            {"RewardTrainer": GOALS[shape]})
     if "sft" in args.modes:
         folder = data("natural")
         compare("sft.py", "natural", {"ours": ours("sft", folder), "SFTTrainer": theirs("SFT", folder)}, {"SFTTrainer": ()})
 
+    other = "batches of 8 in file order"
     if "scoring" in args.modes:
-        scorer = load("SequenceClassification", model)
+        scorer, folder = load("SequenceClassification", model), data("natural", args.rows, None)
         scorer.config.pad_token_id = tokenizer.pad_token_id
-        for part in scorer, tokenizer:
-            part.save_pretrained(f"{home}/scorer")
-    for stage, name, flags, plain in (
-            ("precompute_rewards", "scoring", ["--oracle", f"{home}/scorer", "--data"], (run_plain_scoring, f"{home}/scorer")),
-            ("generate", "generation", ["--model", model, "--temperature", 0.7, "--max_new_tokens", args.max_new_tokens, "--prompts"],
-             (run_plain_generation, model))):
-        if name in args.modes:
-            folder, other = data("natural", args.rows, None), "batches of 8 in file order"
-            flags = [*flags, f"{folder}/pairs.jsonl", "--out", f"{folder}/{name}", "--micro_batch_size", 8]
-            results = alternate({"ours": (run_ours, stage, flags), other: (*plain, f"{folder}/ids.jsonl", 8) + (
-                (args.max_new_tokens,) if name == "generation" else ())}, home)
-            table.append(make_row(f"{stage}.py, natural", other, results["ours"], results[other], args.rows, 0.6))
+        scorer.save_pretrained(f"{home}/scorer")
+        tokenizer.save_pretrained(f"{home}/scorer")
+        flags = ["--oracle", f"{home}/scorer", "--data", f"{folder}/pairs.jsonl", "--out", f"{folder}/rewards.pt"]
+        results = alternate({"ours": (run_ours, "precompute_rewards", [*flags, "--micro_batch_size", 8]),
+                             other: (run_plain_scoring, f"{home}/scorer", f"{folder}/ids.jsonl", 8)}, home)
+        table.append(make_row("precompute_rewards.py, natural", other, results["ours"], results[other], args.rows, 0.6))
+    if "generation" in args.modes:
+        folder = data("natural", args.rows, None)
+        flags = ["--model", model, "--prompts", f"{folder}/pairs.jsonl", "--out", f"{folder}/generations.jsonl",
+                 "--temperature", 0.7, "--max_new_tokens", args.max_new_tokens, "--micro_batch_size", 8]
+        results = alternate({"ours": (run_ours, "generate", flags), other: (
+            run_plain_generation, model, f"{folder}/ids.jsonl", 8, args.max_new_tokens)}, home)
+        table.append(make_row("generate.py, natural", other, results["ours"], results[other], args.rows, 0.6))
 
     print(f"\n{os.path.basename(model)}, {args.threads} threads, {batch} pairs a step, {args.steps} steps a side, "
           f"{(time.time() - start) / 60:.0f} minutes\n\n"
