@@ -537,12 +537,12 @@ def make_engine(model, args, device, max_steps):
             raise ValueError("zero_optimization.stage must be 1 or 2")
         alone = device.type == "cpu" and dist.get_world_size() == 1
         if alone:  # nothing to share out, and the weights are fp32 as they are: ZeRO would only copy weights and gradients
-            config["zero_optimization"] = {"stage": 0}
-            clip = config.pop("gradient_clipping", 0) or math.inf  # else DeepSpeed clips there without saying the norm
-            optimizer.register_step_pre_hook(lambda *_: setattr(
-                optimizer, "_global_grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+            config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": config.get("gradient_clipping") or math.inf}
         engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
-        engine.enable_backward_allreduce = not alone
+        if alone:  # DeepSpeed's own clipping, which forgets the norm, and no all-reduce
+            engine.clip_fp32_gradients = lambda: setattr(optimizer, "_global_grad_norm", torch.nn.utils.clip_grad_norm_(
+                model.parameters(), engine.gradient_clipping()))
+            engine.enable_backward_allreduce = False
         return engine
     except Exception as error:
         fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json that "
