@@ -415,15 +415,16 @@ def draw(out, results):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    if all(f"grid_{flip}_{who}" in results for flip in FLIPS for who in TEACHERS):
-        figure, panels = plt.subplots(2, len(GRID) - 1, figsize=(13, 5.4), sharex=True, sharey=True, layout="constrained")
+    teachers = [who for who in TEACHERS if all(f"grid_{flip}_{who}" in results for flip in FLIPS)]
+    if teachers:
+        figure, panels = plt.subplots(2, len(GRID) - 1, figsize=(13, 1.5 + 1.3 * len(teachers)), sharex=True, sharey=True, layout="constrained")
         for panel, (domain, method) in zip(panels.flat, itertools.product(DOMAINS, GRID[1:])):
-            values = [[results[f"grid_{flip}_{who}"][method][f"dpo/{domain}"][0] for flip in FLIPS] for who in TEACHERS]
+            values = [[results[f"grid_{flip}_{who}"][method][f"dpo/{domain}"][0] for flip in FLIPS] for who in teachers]
             image = panel.imshow(values, cmap="RdBu", vmin=0, vmax=1)
             for (y, x), value in np.ndenumerate(values):
                 panel.text(x, y, f"{value:.2f}", ha="center", va="center")
             panel.set(title=f"{method}, {DOMAINS[domain]}", xlabel="labels flipped", ylabel="Oracle")
-            panel.set_xticks(range(len(FLIPS)), FLIPS), panel.set_yticks(range(len(TEACHERS)), TEACHERS)
+            panel.set_xticks(range(len(FLIPS)), FLIPS), panel.set_yticks(range(len(teachers)), teachers)
             panel.label_outer()
         figure.colorbar(image, ax=panels, label="win rate against DPO by the true reward")
         save(figure, f"{out}/grid.png")
