@@ -186,14 +186,3 @@ def test_sampling_is_top_p_at_a_temperature(tmp_path, top_p):
     assert set(first) <= set(nucleus) and len(nucleus) > 1
     for token, p in nucleus.items():
         assert abs(first.count(token) / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000) + 1e-9
-
-
-def test_the_studys_interval_draws_seeds_and_then_prompts():
-    """Two seeds without spread between prompts: a quarter of the draws takes one twice, so the 95% interval spans both. One
-    seed: the prompts' own binomial interval."""
-    import numpy as np
-
-    from lab import interval
-    assert interval([np.full(50, 0.2), np.full(50, 0.8)]) == pytest.approx((0.5, 0.2, 0.8))
-    mean, low, high = interval([np.repeat([0.0, 1.0], 500)])
-    assert mean == 0.5 and low == pytest.approx(0.5 - 0.031, abs=0.004) and high == pytest.approx(0.5 + 0.031, abs=0.004)
