@@ -7,6 +7,7 @@ process, so that imports are paid for once; two seeds at a time, a thread each. 
     python tests/lab.py --choose                # learning rate and beta of every method, on seeds that are not reported
     python tests/lab.py                         # the whole study: hours; its bar estimates how many
     python tests/lab.py --seeds 20 21 --cells clean_all noisy_lc_le --methods dpo drdo
+    python tests/lab.py --terms                 # the gradients of Eq. 6's terms on policies that the study has left
 
 In:   nothing.  Out: out/lab/seed<k>/..., out/lab/results.json, grid.png, degeneration.png, and the tables on stdout.
 
@@ -185,19 +186,19 @@ def prepare(home, seed):
     """A seed's base LM, SFT policy and prompts."""
     stage(toy.main, ["--out", home, "--seed", seed, "--prompts", 250], f"{home}/base/config.json", f"{home}/logs/toy.log")
     stage(splits.main, ["--out", f"{home}/data", "--dataset", f"{home}/raw/sft.jsonl", "--seed", seed, "--prompts",
-                   f"{home}/raw/test.jsonl", f"{home}/raw/articles.jsonl"], f"{home}/data/prompts/articles.jsonl", f"{home}/logs/splits.log")
+                        f"{home}/raw/test.jsonl", f"{home}/raw/articles.jsonl"], f"{home}/data/prompts/articles.jsonl", f"{home}/logs/splits.log")
     with open(f"{home}/prompts.jsonl", "w") as file:
         file.writelines(Path(f"{home}/data/prompts/{name}.jsonl").read_text() for name in ("test", "articles"))
     stage(sft.main, ["--model", f"{home}/base", "--data", f"{home}/data/sft/train.jsonl", "--eval_data", "", "--out", f"{home}/sft",
-                "--batch_size", 32, "--max_steps", 150, "--learning_rate", 1e-3, "--warmup_steps", 10, "--save_steps", 0,
-                "--seed", seed], f"{home}/sft/model.safetensors", f"{home}/logs/sft.log")
+                     "--batch_size", 32, "--max_steps", 150, "--learning_rate", 1e-3, "--warmup_steps", 10, "--save_steps", 0,
+                     "--seed", seed], f"{home}/sft/model.safetensors", f"{home}/logs/sft.log")
     sample(home, f"{home}/sft", seed)
 
 
 def sample(home, folder, seed, temperatures=(0.7,), name="generations"):
     """A policy's generations, at <folder>/<name>.jsonl."""
     stage(generate.main, ["--model", folder, "--prompts", f"{home}/prompts.jsonl", "--temperature", *temperatures, "--seed", seed,
-                     "--max_new_tokens", 48, "--micro_batch_size", 125, "--out", f"{folder}/{name}.jsonl"],
+                          "--max_new_tokens", 48, "--micro_batch_size", 125, "--out", f"{folder}/{name}.jsonl"],
           f"{folder}/{name}.jsonl", f"{folder}.logs/{name}.log")
 
 
@@ -487,7 +488,8 @@ def main():
     runs = run(args.out, args.seeds or SEEDS, cells, {method: [METHODS[method][2]] for method in METHODS}, args.workers)
     results = {name: judge(cells[name], {method: many for (method, _), many in runs[name].items()}) for name in tqdm(runs, "judging")}
     report(args.out, results)
-    draw(args.out, results)
+    if not args.methods:
+        draw(args.out, results)
 
 
 if __name__ == "__main__":
