@@ -54,6 +54,7 @@ METHODS = {
     "sft_winners": ("", None, "--learning_rate 2e-4", WITHOUT_BETA),
     "dpo": ("--loss dpo", None, "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
     "dpo_nll": ("--loss dpo --nll_coef 0.025", None, "--learning_rate 1e-4 --beta 0.3", WITH_BETA),
+    "ipo": ("--loss ipo", None, "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
     "edpo": ("--loss edpo", "ensemble", "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
     "edpo_oracle": ("--loss edpo", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
     "edpo_oracle_nll": ("--loss edpo --nll_coef 0.025", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
@@ -92,10 +93,12 @@ def cell(flip=0.0, split="all", oracle="learned", pairs=6000, winners="any", ste
 
 
 FLIPS, TEACHERS = (0.0, 0.2, 0.4), ("learned", "larger", "true")
+LENGTHS = {100: "noisy_lc_le", 300: "steps_300", 1000: "steps_1000"}  # the cells of a training's length, in steps
 CELLS = {
     "clean_all": cell(temperatures=True),
     "noisy_lc_le": cell(flip=0.4, split="lc_le", temperatures=True),
-    **{f"steps_{n}": cell(flip=0.4, split="lc_le", steps=n, methods=["sft_winners", "dpo", "dpo_nll", *GRID[2:]]) for n in (300, 1000)},
+    **{f"steps_{n}": cell(flip=0.4, split="lc_le", steps=n, methods=["sft_winners", "dpo", "dpo_nll", *GRID[2:]])
+       for n in (300, 1000)},
     **{f"grid_{flip}_{who}": cell(flip=flip, oracle=who, methods=GRID) for who in TEACHERS for flip in FLIPS},
     "ablation": cell(methods=["dpo", "drdo", "drdo_logps", "drdo_log_ratio", "edpo_oracle", *ABLATION]),
     "clean_hc_he": cell(split="hc_he", methods=GRID), "clean_lc_le": cell(split="lc_le", methods=GRID),
@@ -363,6 +366,27 @@ def report(out, results):
     print(f"\nwrote {out}/results.json")
 
 
+def best_checkpoints(runs):
+    """Prints each method at its best length of training: for a seed the one of LENGTHS that wins most against SFT on the other
+    seeds, so that no length is chosen on the prompts it is judged on. runs: run()'s."""
+    lengths, picked = list(LENGTHS), {}
+    methods = [key for key in runs[LENGTHS[1000]] if key in runs[LENGTHS[100]]]
+    sft = [read(f"{home}/sft") for home, _ in runs[LENGTHS[1000]][methods[0]]]
+    for method in methods:
+        texts = [[read(folder) for _, folder in runs[cell][method]] for cell in LENGTHS.values()]
+        rates = np.array([[np.mean([wins(text[domain], start[domain]).mean() for domain in DOMAINS]) for text, start in zip(row, sft)]
+                          for row in texts])  # (lengths, seeds)
+        best = (rates.sum(1, keepdims=True) - rates).argmax(0)
+        picked[method[0]] = [[lengths[k] for k in best], [texts[k][seed] for seed, k in enumerate(best)]]
+    print("\n## best of " + ", ".join(map(str, lengths)) + " steps, chosen on the other seeds; posts / articles\n\n| method | steps, by seed | "
+          "against SFT | against DPO | against e-DPO, DRDO's Oracle |\n|" + "---|" * 5)
+    opponents = [sft, *(picked[name][1] for name in ("dpo", "edpo_oracle") if name in picked)]
+    for method, (steps, texts) in picked.items():
+        shown = [" / ".join("{:.2f} [{:.2f}, {:.2f}]".format(*interval([wins(a[domain], b[domain]) for a, b in zip(texts, other)]))
+                            for domain in DOMAINS) if other is not texts else "" for other in opponents]
+        print(f"| {method} | {', '.join(map(str, steps))} | {' | '.join(shown)} |")
+
+
 def terms(out, seeds, pairs=480):
     """Prints what each term of Eq. 6 does on the clean D_all: the norm of its gradient on the LM's weights, and its push on
     z_w and z_l, minus its derivative there, a pair (mean over pairs); at the SFT policy and at DRDO's after 100 steps."""
@@ -430,17 +454,16 @@ def draw(out, results):
         figure.colorbar(image, ax=panels, label="win rate against DPO by the true reward")
         save(figure, f"{out}/grid.png")
 
-    lengths = {100: "noisy_lc_le", 300: "steps_300", 1000: "steps_1000"}
-    if all(name in results for name in lengths.values()):
+    if all(name in results for name in LENGTHS.values()):
         quantities = {"true/test": "true reward, posts", "tokens/test": "tokens", "eos/test": "EOS rate",
                       "logps/chosen": "log-prob of chosen", "logps/rejected": "log-prob of rejected"}
         figure, panels = plt.subplots(1, len(quantities), figsize=(16, 3.6), layout="constrained")
         for panel, (quantity, title) in zip(panels, quantities.items()):
             for method in results["steps_1000"]:
-                curve = [np.atleast_1d(results[name][method].get(quantity, np.nan))[0] for name in lengths.values()]
-                panel.plot(list(lengths), curve, ":k" if method == "sft" else ".-", label=method)
+                curve = [np.atleast_1d(results[name][method].get(quantity, np.nan))[0] for name in LENGTHS.values()]
+                panel.plot(list(LENGTHS), curve, ":k" if method == "sft" else ".-", label=method)
             panel.set(title=title, xscale="log", xlabel="steps")
-            panel.set_xticks(list(lengths), list(lengths)), panel.minorticks_off()
+            panel.set_xticks(list(LENGTHS), list(LENGTHS)), panel.minorticks_off()
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
         save(figure, f"{out}/degeneration.png")
 
@@ -488,6 +511,8 @@ def main():
     runs = run(args.out, args.seeds or SEEDS, cells, {method: [METHODS[method][2]] for method in METHODS}, args.workers)
     results = {name: judge(cells[name], {method: many for (method, _), many in runs[name].items()}) for name in tqdm(runs, "judging")}
     report(args.out, results)
+    if all(name in runs for name in LENGTHS.values()) and len(args.seeds or SEEDS) > 1:
+        best_checkpoints(runs)
     if not args.methods:
         draw(args.out, results)
 
