@@ -9,7 +9,7 @@
 # Two stages run side by side, on one thread each. A 135M model takes about two hours of two cores. The sizes are here:
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-out/real} seed=${SEED:-0} length=112 batch=16 steps=16 rate=5e-5
+out=${OUT:-out/real} seed=${SEED:-0} length=112 batch=8 steps=24 rate=5e-5
 model=$1 pairs=$2 ambiguous=$3 judge=$4
 sets="pairs flipped ambiguous"
 declare -A methods=(
@@ -69,7 +69,7 @@ PYTHON
 # ---- the SFT policy; the judge, from the pretrained LM; an Oracle for each set
 job sft "$out/sft/model.safetensors" train sft.py --model "$model" --data "$out/pairs/all/train.jsonl" --out "$out/sft" --max_steps "$steps"; settle
 job judge "$out/judge/model/model.safetensors" train oracle.py --model "$model" --data "$out/judge/all/train.jsonl" --alpha 0 \
-  --max_length 256 --max_steps 30 --out "$out/judge/model"
+  --max_length 256 --batch_size 16 --max_steps 30 --out "$out/judge/model"
 for set in $sets; do job "oracle_$set" "$out/$set/rewards.pt" teach "$set"; done; settle
 
 # ---- the policies and what they say
