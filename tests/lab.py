@@ -47,14 +47,15 @@ import toy
 WITH_BETA = [f"--learning_rate {rate} --beta {beta}" for rate in (1e-4, 5e-4) for beta in (0.03, 0.1, 0.3)]
 WITHOUT_BETA = [f"--learning_rate {rate}" for rate in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)]
 
-# name: flags, whose rewards it learns, the setting that --choose chose (best mean win rate against SFT by the truth over
-# CHOOSING_CELLS and both domains), and what there was to choose from
+# name: flags, whose rewards it learns (unit: the Oracle's, by --oracle_scale divided by the std of their differences), the
+# setting that --choose chose (best mean win rate against SFT by the truth over CHOOSING_CELLS and both domains), and what
+# there was to choose from
 DRDO = "--loss drdo --student_rewards"
 METHODS = {
     "sft_winners": ("", None, "--learning_rate 2e-4", WITHOUT_BETA),
     "dpo": ("--loss dpo", None, "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
     "dpo_nll": ("--loss dpo --nll_coef 0.025", None, "--learning_rate 1e-4 --beta 0.3", WITH_BETA),
-    "ipo": ("--loss ipo", None, "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
+    "ipo": ("--loss ipo", None, "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
     "edpo": ("--loss edpo", "ensemble", "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
     "edpo_oracle": ("--loss edpo", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
     "edpo_oracle_nll": ("--loss edpo --nll_coef 0.025", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
@@ -63,9 +64,14 @@ METHODS = {
     "drdo_logps": (f"{DRDO} logps", "oracle", "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
     "drdo_log_ratio": (f"{DRDO} log_ratio", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
     "drdo_log_ratio_p_mean": (f"{DRDO} log_ratio --p_w mean", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
+    "edpo_oracle_unit": ("--loss edpo", "unit", "--learning_rate 1e-4 --beta 0.3", WITH_BETA),
+    "drdo_logps_unit": (f"{DRDO} logps", "unit", "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
+    "drdo_log_ratio_unit": (f"{DRDO} log_ratio", "unit", "--learning_rate 1e-4 --beta 0.3", WITH_BETA),
+    "drdo_log_ratio_p_mean_unit": (f"{DRDO} log_ratio --p_w mean", "unit", "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
 }
 SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [20, 21, 22, 23, 24], [90, 91], ["clean_all", "noisy_lc_le"]
-HEADLINE, GRID = list(METHODS), ["dpo", "edpo", "edpo_oracle", "drdo", "drdo_logps", "drdo_log_ratio"]
+HEADLINE, GRID = list(METHODS), ["dpo", "edpo", "edpo_oracle", "drdo", "drdo_logps", "drdo_log_ratio",
+                                "drdo_log_ratio_p_mean_unit"]
 DIALS = ["dpo", *GRID[2:]]
 
 
@@ -153,6 +159,12 @@ def true_rewards(data, out):
     torch.save({**columns, "oracles": ["truth"], "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest()}, out)
 
 
+def unit_scale(path):
+    """The --oracle_scale that gives the differences of a rewards.pt the standard deviation 1 (precompute_rewards.py prints it)."""
+    saved = torch.load(path, weights_only=True)
+    return 1 / (saved["chosen"] - saved["rejected"]).std().item()
+
+
 def keep_winners(data, which, out):
     """The rows whose chosen response is shorter than, as long as or longer than the rejected, in words; their file."""
     path = f"{out}/data/winners_{which}.jsonl"
@@ -170,8 +182,8 @@ def more_comparisons(world, pairs, seed, flip):
     return path
 
 
-def larger_base(home, seed):
-    """A base LM three times the student's size, pretrained as it was."""
+def larger_sft(home, seed):
+    """The folder of an SFT policy three times the student's size, pretrained and tuned as it was."""
     folder = f"{home}/larger_base"
 
     def pretrain():
@@ -182,7 +194,15 @@ def larger_base(home, seed):
         os.rename(f"{folder}.partial", folder)
 
     stage(pretrain, [], folder, f"{home}/logs/larger_base.log")
-    return folder
+    return tune(home, folder, f"{home}/larger_sft", seed)
+
+
+def tune(home, base, out, seed):
+    """SFT on the world's own summaries; returns `out`, the policy's folder."""
+    stage(sft.main, ["--model", base, "--data", f"{home}/data/sft/train.jsonl", "--eval_data", "", "--out", out, "--batch_size", 32,
+                     "--max_steps", 150, "--learning_rate", 1e-3, "--warmup_steps", 10, "--save_steps", 0, "--seed", seed],
+          f"{out}/model.safetensors", f"{home}/logs/{Path(out).name}.log")
+    return out
 
 
 def prepare(home, seed):
@@ -192,9 +212,7 @@ def prepare(home, seed):
                         f"{home}/raw/test.jsonl", f"{home}/raw/articles.jsonl"], f"{home}/data/prompts/articles.jsonl", f"{home}/logs/splits.log")
     with open(f"{home}/prompts.jsonl", "w") as file:
         file.writelines(Path(f"{home}/data/prompts/{name}.jsonl").read_text() for name in ("test", "articles"))
-    stage(sft.main, ["--model", f"{home}/base", "--data", f"{home}/data/sft/train.jsonl", "--eval_data", "", "--out", f"{home}/sft",
-                     "--batch_size", 32, "--max_steps", 150, "--learning_rate", 1e-3, "--warmup_steps", 10, "--save_steps", 0,
-                     "--seed", seed], f"{home}/sft/model.safetensors", f"{home}/logs/sft.log")
+    tune(home, f"{home}/base", f"{home}/sft", seed)
     sample(home, f"{home}/sft", seed)
 
 
@@ -216,7 +234,7 @@ def run_cell(home, seed, cell, settings):
     if cell["winners"] != "any":
         data, name = keep_winners(data, cell["winners"], world), f"{cell['split']}_{cell['winners']}"
     rewards = {who: f"{world}/{name}.{who}.pt" for who in ("ensemble", cell["oracle"])}
-    rewards["oracle"] = rewards[cell["oracle"]]
+    rewards["oracle"] = rewards["unit"] = rewards[cell["oracle"]]
     shared = ["--eval_data", "", "--save_steps", 0, "--warmup_steps", 10, "--seed", seed]
 
     def score(oracles, data, out):
@@ -231,8 +249,9 @@ def run_cell(home, seed, cell, settings):
     if cell["oracle"] == "learned":
         score([learned], data, rewards["learned"])
     elif cell["oracle"] == "larger":
-        model, comparisons = larger_base(home, seed), more_comparisons(world, 3 * cell["pairs"], seed, cell["flip"])
-        score([reward_model(f"{world}/larger_oracle", "--max_steps", 500, model=model, data=comparisons)], data, rewards["larger"])
+        comparisons = more_comparisons(world, 3 * cell["pairs"], seed, cell["flip"])
+        score([reward_model(f"{world}/larger_oracle", "--max_steps", 1000, "--learning_rate", 1e-3, model=larger_sft(home, seed),
+                            data=comparisons)], data, rewards["larger"])
     elif not os.path.exists(rewards["true"]):
         true_rewards(data, rewards["true"])
     if any(METHODS[method][1] == "ensemble" for method in cell["methods"]):
@@ -244,10 +263,11 @@ def run_cell(home, seed, cell, settings):
     for method in cell["methods"]:
         flags, learns, *_ = METHODS[method]
         # one run serves every cell that asks for it: methods without an Oracle do not depend on whose it is
-        whose = cell["oracle"] if learns == "oracle" else "any"
+        whose = cell["oracle"] if learns in ("oracle", "unit") else "any"
         for setting in settings[method]:
             folder = f"{world}/{name}_{whose}_{cell['steps']}/" + f"{method}{setting}".replace(" ", "").replace("--", "_")
             learns_flags = ["--oracle_rewards", rewards[learns]] if learns else []
+            learns_flags += ["--oracle_scale", unit_scale(rewards[learns])] if learns == "unit" else []
             stage(align.main if flags else sft.main, ["--model", f"{home}/sft", "--data", data, *shared, "--out", folder, "--batch_size", 24,
                   "--micro_batch_size", 24, "--max_steps", cell["steps"], *setting.split(), *flags.split(), *learns_flags],
                   f"{folder}/model.safetensors", f"{folder}.logs/train.log")
