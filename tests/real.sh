@@ -9,7 +9,7 @@
 # Two stages run side by side, on one thread each. A 135M model takes about two hours of two cores. The sizes are here:
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-out/real} seed=${SEED:-0} length=112 batch=8 steps=24 rate=5e-5
+out=${OUT:-out/real} seed=${SEED:-0} length=112 batch=8 rate=5e-5 sft_steps=24 oracle_steps=48 steps=16
 model=$1 pairs=$2 ambiguous=$3 judge=$4
 sets="pairs flipped ambiguous"
 declare -A methods=(
@@ -17,9 +17,9 @@ declare -A methods=(
   [dpo]="--loss dpo --beta 0.1"
   [edpo]="--loss edpo --beta 0.1"
   [drdo]="--loss drdo"
-  [drdo_log_ratio_p_mean]="--loss drdo --student_rewards log_ratio --p_w mean --beta 0.1"
+  [drdo_log_ratio_p_mean_unit]="--loss drdo --student_rewards log_ratio --p_w mean --beta 0.03"
 )
-order="dpo drdo edpo drdo_log_ratio_p_mean sft_winners"
+order="dpo drdo edpo drdo_log_ratio_p_mean_unit sft_winners"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 mkdir -p "$out/logs"
 
@@ -37,8 +37,10 @@ answer() {  # answer NAME FOLDER: a policy's generations
   python generate.py --model "$2" --generator "$1" --prompts "$out/pairs/prompts/validation.jsonl" --temperature 0.7 \
     --max_new_tokens 96 --max_length 192 --seed "$seed"
 }
+unit_scale() { python -c "import torch; saved = torch.load('$1', weights_only=True); d = saved['chosen'] - saved['rejected']
+print(1 / d[d.isfinite()].std().item())"; }  # what gives the Oracle's differences the standard deviation 1
 teach() {  # teach SET: its Oracle and its rewards
-  train oracle.py --model "$out/sft" --data "$out/$1/all/train.jsonl" --out "$out/$1/oracle" --max_steps $((2 * steps)) &&
+  train oracle.py --model "$out/sft" --data "$out/$1/all/train.jsonl" --out "$out/$1/oracle" --max_steps "$oracle_steps" &&
   python precompute_rewards.py --oracle "$out/$1/oracle" --data "$out/$1/all/train.jsonl" --max_length "$length" --out "$out/$1/rewards.pt"
 }
 learn() {  # learn SET METHOD: a policy and its generations
@@ -47,6 +49,7 @@ learn() {  # learn SET METHOD: a policy and its generations
     sft_winners) script=sft.py ;;
     edpo | drdo*) flags="$flags --oracle_rewards $out/$1/rewards.pt" ;;
   esac
+  case $2 in *_unit) flags="$flags --oracle_scale $(unit_scale "$out/$1/rewards.pt")" ;; esac
   train "$script" --model "$out/sft" --data "$out/$1/all/train.jsonl" --out "$out/$1/$2" --max_steps "$steps" $flags &&
   answer "$1/$2" "$out/$1/$2"
 }
@@ -67,7 +70,7 @@ with open(f"{out}/flipped/all/train.jsonl", "w") as file:
 PYTHON
 
 # ---- the SFT policy; the judge, from the pretrained LM; an Oracle for each set
-job sft "$out/sft/model.safetensors" train sft.py --model "$model" --data "$out/pairs/all/train.jsonl" --out "$out/sft" --max_steps "$steps"; settle
+job sft "$out/sft/model.safetensors" train sft.py --model "$model" --data "$out/pairs/all/train.jsonl" --out "$out/sft" --max_steps "$sft_steps"; settle
 job judge "$out/judge/model/model.safetensors" train oracle.py --model "$model" --data "$out/judge/all/train.jsonl" --alpha 0 \
   --max_length 256 --batch_size 16 --max_steps 30 --out "$out/judge/model"
 for set in $sets; do job "oracle_$set" "$out/$set/rewards.pt" teach "$set"; done; settle
