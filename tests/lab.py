@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import sys
+import textwrap
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -468,7 +469,8 @@ def draw(out, results):
             image = panel.imshow(values, cmap="RdBu", vmin=0, vmax=1)
             for (y, x), value in np.ndenumerate(values):
                 panel.text(x, y, f"{value:.2f}", ha="center", va="center")
-            panel.set(title=f"{method}, {DOMAINS[domain]}", xlabel="labels flipped", ylabel="Oracle")
+            title = textwrap.fill(method.replace("_", " "), 18) + f"\n{DOMAINS[domain]}"
+            panel.set(title=title, xlabel="labels flipped", ylabel="Oracle")
             panel.set_xticks(range(len(FLIPS)), FLIPS), panel.set_yticks(range(len(teachers)), teachers)
             panel.label_outer()
         figure.colorbar(image, ax=panels, label="win rate against DPO by the true reward")
