@@ -161,7 +161,8 @@ def true_rewards(data, out):
 
 
 def unit_scale(path):
-    """The --oracle_scale that gives the differences of a rewards.pt the standard deviation 1 (precompute_rewards.py prints it)."""
+    """The --oracle_scale that gives the differences of a rewards.pt the standard deviation 1; precompute_rewards.py prints what
+    they have."""
     saved = torch.load(path, weights_only=True)
     return 1 / (saved["chosen"] - saved["rejected"]).std().item()
 
@@ -200,8 +201,9 @@ def larger_sft(home, seed):
 
 def tune(home, base, out, seed):
     """SFT on the world's own summaries; returns `out`, the policy's folder."""
-    stage(sft.main, ["--model", base, "--data", f"{home}/data/sft/train.jsonl", "--eval_data", "", "--out", out, "--batch_size", 32,
-                     "--max_steps", 150, "--learning_rate", 1e-3, "--warmup_steps", 10, "--save_steps", 0, "--seed", seed],
+    stage(sft.main, ["--model", base, "--data", f"{home}/data/sft/train.jsonl", "--eval_data", "", "--out", out,
+                     "--batch_size", 32, "--max_steps", 150, "--learning_rate", 1e-3, "--warmup_steps", 10, "--save_steps", 0,
+                     "--seed", seed],
           f"{out}/model.safetensors", f"{home}/logs/{Path(out).name}.log")
     return out
 
@@ -210,7 +212,8 @@ def prepare(home, seed):
     """A seed's base LM, SFT policy and prompts."""
     stage(toy.main, ["--out", home, "--seed", seed, "--prompts", 250], f"{home}/base/config.json", f"{home}/logs/toy.log")
     stage(splits.main, ["--out", f"{home}/data", "--dataset", f"{home}/raw/sft.jsonl", "--seed", seed, "--prompts",
-                        f"{home}/raw/test.jsonl", f"{home}/raw/articles.jsonl"], f"{home}/data/prompts/articles.jsonl", f"{home}/logs/splits.log")
+                        f"{home}/raw/test.jsonl", f"{home}/raw/articles.jsonl"],
+          f"{home}/data/prompts/articles.jsonl", f"{home}/logs/splits.log")
     with open(f"{home}/prompts.jsonl", "w") as file:
         file.writelines(Path(f"{home}/data/prompts/{name}.jsonl").read_text() for name in ("test", "articles"))
     tune(home, f"{home}/base", f"{home}/sft", seed)
@@ -231,7 +234,8 @@ def run_cell(home, seed, cell, settings):
         os.makedirs(world, exist_ok=True)
         toy.write_jsonl(f"{world}/comparisons.jsonl", toy.make_comparisons(cell["pairs"], seed, cell["flip"]))
     data, name = f"{world}/data/{cell['split']}/train.jsonl", cell["split"]
-    stage(splits.main, ["--out", f"{world}/data", "--dataset", f"{world}/comparisons.jsonl", "--seed", seed], data, f"{world}/logs/splits.log")
+    stage(splits.main, ["--out", f"{world}/data", "--dataset", f"{world}/comparisons.jsonl", "--seed", seed], data,
+          f"{world}/logs/splits.log")
     if cell["winners"] != "any":
         data, name = keep_winners(data, cell["winners"], world), f"{cell['split']}_{cell['winners']}"
     rewards = {who: f"{world}/{name}.{who}.pt" for who in ("ensemble", cell["oracle"])}
@@ -242,8 +246,8 @@ def run_cell(home, seed, cell, settings):
         stage(precompute_rewards.main, ["--oracle", *oracles, "--data", data, "--out", out], out, f"{out}.log")
 
     def reward_model(folder, *flags, model=f"{home}/sft", data=f"{world}/data/all/train.jsonl"):
-        stage(oracle.main, ["--model", model, "--data", data, "--out", folder, "--batch_size", 16, "--learning_rate", 2e-3, *shared, *flags],
-              f"{folder}/model.safetensors", f"{folder}.log")
+        stage(oracle.main, ["--model", model, "--data", data, "--out", folder, "--batch_size", 16, "--learning_rate", 2e-3, *shared,
+                            *flags], f"{folder}/model.safetensors", f"{folder}.log")
         return folder
 
     learned = reward_model(f"{world}/oracle", "--max_steps", 400)
@@ -256,7 +260,8 @@ def run_cell(home, seed, cell, settings):
     elif not os.path.exists(rewards["true"]):
         true_rewards(data, rewards["true"])
     if any(METHODS[method][1] == "ensemble" for method in cell["methods"]):
-        members = [reward_model(f"{world}/reward_model_{k}", "--alpha", 0, "--max_steps", 250, "--seed", seed + 1000 * k) for k in (1, 2, 3)]
+        members = [reward_model(f"{world}/reward_model_{k}", "--alpha", 0, "--max_steps", 250, "--seed", seed + 1000 * k)
+                   for k in (1, 2, 3)]
         score(members, data, rewards["ensemble"])
     if cell["temperatures"]:
         sample(home, f"{home}/sft", seed, (0.2, 0.5, 0.9), "temperatures")
@@ -269,8 +274,9 @@ def run_cell(home, seed, cell, settings):
             folder = f"{world}/{name}_{whose}_{cell['steps']}/" + f"{method}{setting}".replace(" ", "").replace("--", "_")
             learns_flags = ["--oracle_rewards", rewards[learns]] if learns else []
             learns_flags += ["--oracle_scale", unit_scale(rewards[learns])] if learns == "unit" else []
-            stage(align.main if flags else sft.main, ["--model", f"{home}/sft", "--data", data, *shared, "--out", folder, "--batch_size", 24,
-                  "--micro_batch_size", 24, "--max_steps", cell["steps"], *setting.split(), *flags.split(), *learns_flags],
+            stage(align.main if flags else sft.main, ["--model", f"{home}/sft", "--data", data, *shared, "--out", folder,
+                  "--batch_size", 24, "--micro_batch_size", 24, "--max_steps", cell["steps"], *setting.split(), *flags.split(),
+                  *learns_flags],
                   f"{folder}/model.safetensors", f"{folder}.logs/train.log")
             sample(home, folder, seed)
             if cell["temperatures"]:
@@ -281,7 +287,8 @@ def run_cell(home, seed, cell, settings):
 
 def run(out, seeds, cells, settings, workers):
     """{cell: {(method, setting): [(home, policy folder) of each seed]}}; cell by cell, with a bar."""
-    runs = {name: {(method, setting): [] for method in cell["methods"] for setting in settings[method]} for name, cell in cells.items()}
+    runs = {name: {(method, setting): [] for method in cell["methods"] for setting in settings[method]}
+            for name, cell in cells.items()}
     locks = {seed: Lock() for seed in seeds}
     import_models()
 
@@ -345,17 +352,19 @@ def judge(cell, policies):
         for domain in DOMAINS:
             for opponent in folders:
                 if opponent != method:
-                    row[f"{opponent}/{domain}"] = interval([wins(a[domain], b[domain]) for a, b in zip(texts[method], texts[opponent])])
+                    row[f"{opponent}/{domain}"] = interval([wins(a[domain], b[domain])
+                                                            for a, b in zip(texts[method], texts[opponent])])
             for name in ("true", "tokens", "eos"):
-                row[f"{name}/{domain}"] = interval([np.array([text[name] for text in run[domain].values()], float) for run in texts[method]])
+                row[f"{name}/{domain}"] = interval([np.array([text[name] for text in run[domain].values()], float)
+                                                    for run in texts[method]])
             if cell["temperatures"] and method != "sft":
                 worlds = [f"{Path(folder).parent.parent}/sft.pt" for _, folder in many]
                 pairs = [(read(folder, 0.7, f"{folder}/rewards.pt"), read(f"{home}/sft", 0.7, world))
                          for (home, folder), world in zip(many, worlds)]
                 row[f"oracle/{domain}"] = interval([wins(ours[domain], theirs[domain], "oracle") for ours, theirs in pairs])
                 for temperature in (0.2, 0.5, 0.9):
-                    row[f"T={temperature}/{domain}"] = interval([wins(read(folder, temperature)[domain], read(f"{home}/sft", temperature)[domain])
-                                                                 for home, folder in many])
+                    pairs = [(read(folder, temperature), read(f"{home}/sft", temperature)) for home, folder in many]
+                    row[f"T={temperature}/{domain}"] = interval([wins(ours[domain], theirs[domain]) for ours, theirs in pairs])
         if method not in ("sft", "sft_winners"):
             last = [json.loads(open(f"{folder}/log.jsonl").readlines()[-1]) for _, folder in many]
             row |= {name: float(np.mean([line[name] for line in last])) for name in ("logps/chosen", "logps/rejected")}
@@ -365,19 +374,22 @@ def judge(cell, policies):
 def report(out, results):
     """Prints a table a cell and writes results.json; results: {cell: judge()'s figures}."""
     def show(row, name, digits=True):
-        return " / ".join(("{:.2f} [{:.2f}, {:.2f}]" if digits else "{:.2f}").format(*row[f"{name}/{domain}"]) for domain in DOMAINS)
+        return " / ".join(("{:.2f} [{:.2f}, {:.2f}]" if digits else "{:.2f}").format(*row[f"{name}/{domain}"])
+                          for domain in DOMAINS)
 
     for name, figures in results.items():
         cell, last = CELLS[name], next(reversed(figures.values()))
-        print(f"\n## {name}: {cell['split']}, flips {cell['flip']}, Oracle {cell['oracle']}, winners {cell['winners']}, {cell['pairs']} pairs, "
-              f"{cell['steps']} steps, {figures['sft']['seeds']} seeds; posts / articles\n")
+        print(f"\n## {name}: {cell['split']}, flips {cell['flip']}, Oracle {cell['oracle']}, winners {cell['winners']}, "
+              f"{cell['pairs']} pairs, {cell['steps']} steps, {figures['sft']['seeds']} seeds; posts / articles\n")
         columns = [opponent for opponent in OPPONENTS if opponent in figures] + ["oracle"] * ("oracle/test" in last)
         titles = ["against SFT by the Oracle" if column == "oracle" else f"against {column}" for column in columns]
-        print(f"| method | {' | '.join(titles)} | true reward | tokens | EOS | log pi(y_w), log pi(y_l) |\n|" + "---|" * (len(columns) + 5))
+        print(f"| method | {' | '.join(titles)} | true reward | tokens | EOS | log pi(y_w), log pi(y_l) |")
+        print("|" + "---|" * (len(columns) + 5))
         for method, row in figures.items():
             wins = [show(row, column) if f"{column}/test" in row else "" for column in columns]
             logps = "{logps/chosen:.1f}, {logps/rejected:.1f}".format(**row) if "logps/chosen" in row else ""
-            print(f"| {method} | {' | '.join(wins)} | {show(row, 'true', False)} | {row['tokens/test'][0]:.1f} | {row['eos/test'][0]:.2f} | {logps} |")
+            print(f"| {method} | {' | '.join(wins)} | {show(row, 'true', False)} | {row['tokens/test'][0]:.1f} | "
+                  f"{row['eos/test'][0]:.2f} | {logps} |")
         if "T=0.2/test" in last:
             print("\nAgainst SFT at the same temperature:\n\n| method | T = 0.2 | 0.5 | 0.7 | 0.9 |\n|" + "---|" * 5)
             for method, row in list(figures.items())[1:]:
@@ -395,12 +407,12 @@ def best_checkpoints(runs):
     sft = [read(f"{home}/sft") for home, _ in runs[LENGTHS[1000]][methods[0]]]
     for method in methods:
         texts = [[read(folder) for _, folder in runs[cell][method]] for cell in LENGTHS.values()]
-        rates = np.array([[np.mean([wins(text[domain], start[domain]).mean() for domain in DOMAINS]) for text, start in zip(row, sft)]
-                          for row in texts])  # (lengths, seeds)
+        rates = np.array([[np.mean([wins(text[domain], start[domain]).mean() for domain in DOMAINS])
+                           for text, start in zip(row, sft)] for row in texts])  # (lengths, seeds)
         best = (rates.sum(1, keepdims=True) - rates).argmax(0)
         picked[method[0]] = [[lengths[k] for k in best], [texts[k][seed] for seed, k in enumerate(best)]]
-    print("\n## best of " + ", ".join(map(str, lengths)) + " steps, chosen on the other seeds; posts / articles\n\n| method | steps, by seed | "
-          "against SFT | against DPO | against e-DPO, DRDO's Oracle |\n|" + "---|" * 5)
+    print("\n## best of " + ", ".join(map(str, lengths)) + " steps, chosen on the other seeds; posts / articles\n")
+    print("| method | steps, by seed | against SFT | against DPO | against e-DPO, DRDO's Oracle |\n|" + "---|" * 5)
     opponents = [sft, *(picked[name][1] for name in ("dpo", "edpo_oracle") if name in picked)]
     for method, (steps, texts) in picked.items():
         shown = [" / ".join("{:.2f} [{:.2f}, {:.2f}]".format(*interval([wins(a[domain], b[domain]) for a, b in zip(texts, other)]))
@@ -463,7 +475,8 @@ def draw(out, results):
 
     teachers = [who for who in TEACHERS if all(f"grid_{flip}_{who}" in results for flip in FLIPS)]
     if teachers:
-        figure, panels = plt.subplots(2, len(GRID) - 1, figsize=(13, 1.5 + 1.3 * len(teachers)), sharex=True, sharey=True, layout="constrained")
+        figure, panels = plt.subplots(2, len(GRID) - 1, figsize=(13, 1.5 + 1.3 * len(teachers)), sharex=True, sharey=True,
+                                      layout="constrained")
         for panel, (domain, method) in zip(panels.flat, itertools.product(DOMAINS, GRID[1:])):
             values = [[results[f"grid_{flip}_{who}"][method][f"dpo/{domain}"][0] for flip in FLIPS] for who in teachers]
             image = panel.imshow(values, cmap="RdBu", vmin=0, vmax=1)
@@ -500,12 +513,13 @@ def choose(out, seeds, workers, methods):
     """Runs every setting of every method in CHOOSING_CELLS, and prints the one that wins most against SFT by the truth."""
     cells = {name: CELLS[name] | {"methods": methods, "temperatures": False} for name in CHOOSING_CELLS}
     runs = run(out, seeds, cells, {method: METHODS[method][3] for method in methods}, workers)
-    print(f"\n| method | setting | mean | {' | '.join(f'{name}, {domain}' for name in cells for domain in ('posts', 'articles'))} |\n|" + "---|" * 7)
+    columns = [f"{name}, {domain}" for name in cells for domain in DOMAINS.values()]
+    print(f"\n| method | setting | mean | {' | '.join(columns)} |\n|" + "---|" * 7)
     for method in methods:
         lines = []
         for setting in METHODS[method][3]:
-            rates = [np.mean([wins(read(folder)[domain], read(f"{home}/sft")[domain]).mean() for home, folder in runs[name][method, setting]])
-                     for name in cells for domain in ("test", "articles")]
+            rates = [np.mean([wins(read(folder)[domain], read(f"{home}/sft")[domain]).mean()
+                              for home, folder in runs[name][method, setting]]) for name in cells for domain in DOMAINS]
             lines.append((np.mean(rates), setting, rates))
         for mean, setting, rates in lines:
             best = "**" if mean == max(lines)[0] else ""
@@ -529,9 +543,11 @@ def main():
         return choose(args.out, args.seeds or CHOOSING_SEEDS, args.workers, tried)
     if args.terms:
         return terms(args.out, args.seeds or SEEDS)
-    cells = {name: CELLS[name] | {"methods": [m for m in CELLS[name]["methods"] if m in (args.methods or METHODS)]} for name in args.cells}
+    cells = {name: CELLS[name] | {"methods": [m for m in CELLS[name]["methods"] if m in (args.methods or METHODS)]}
+             for name in args.cells}
     runs = run(args.out, args.seeds or SEEDS, cells, {method: [METHODS[method][2]] for method in METHODS}, args.workers)
-    results = {name: judge(cells[name], {method: many for (method, _), many in runs[name].items()}) for name in tqdm(runs, "judging")}
+    results = {name: judge(cells[name], {method: many for (method, _), many in runs[name].items()})
+               for name in tqdm(runs, "judging")}
     report(args.out, results)
     if all(name in runs for name in LENGTHS.values()) and len(args.seeds or SEEDS) > 1:
         best_checkpoints(runs)
