@@ -35,7 +35,7 @@ train() { python "$1" --max_length "$length" --eval_data "" --save_steps 0 --war
   --batch_size "$batch" --learning_rate "$rate" --seed "$seed" "${@:2}"; }
 answer() {  # answer NAME FOLDER: a policy's generations
   python generate.py --model "$2" --generator "$1" --prompts "$out/pairs/prompts/validation.jsonl" --temperature 0.7 \
-    --max_new_tokens 96 --max_length 192 --seed "$seed"
+    --num_prompts 128 --max_new_tokens 96 --max_length 192 --micro_batch_size 128 --seed "$seed"
 }
 unit_scale() { python -c "import torch; saved = torch.load('$1', weights_only=True); d = saved['chosen'] - saved['rejected']
 print(1 / d[d.isfinite()].std().item())"; }  # what gives the Oracle's differences the standard deviation 1
@@ -50,7 +50,7 @@ learn() {  # learn SET METHOD: a policy and its generations
     edpo | drdo*) flags="$flags --oracle_rewards $out/$1/rewards.pt" ;;
   esac
   case $2 in *_unit) flags="$flags --oracle_scale $(unit_scale "$out/$1/rewards.pt")" ;; esac
-  train "$script" --model "$out/sft" --data "$out/$1/all/train.jsonl" --out "$out/$1/$2" --max_steps "$steps" $flags &&
+  [ -e "$out/$1/$2/model.safetensors" ] || train "$script" --model "$out/sft" --data "$out/$1/all/train.jsonl" --out "$out/$1/$2" --max_steps "$steps" $flags &&
   answer "$1/$2" "$out/$1/$2"
 }
 
