@@ -19,7 +19,7 @@ declare -A methods=(
   [drdo]="--loss drdo"
   [drdo_log_ratio_p_mean_unit]="--loss drdo --student_rewards log_ratio --p_w mean --beta 0.03"
 )
-order="dpo drdo edpo drdo_log_ratio_p_mean_unit sft_winners"
+order="dpo drdo_log_ratio_p_mean_unit drdo edpo sft_winners"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 mkdir -p "$out/logs"
 
@@ -33,9 +33,10 @@ job() {  # job NAME FILE COMMAND...: runs it in the background beside one other,
 settle() { local job; for job in $(jobs -p); do wait "$job"; done; }
 train() { python "$1" --max_length "$length" --eval_data "" --save_steps 0 --warmup_steps 2 --micro_batch_size 8 \
   --batch_size "$batch" --learning_rate "$rate" --seed "$seed" "${@:2}"; }
-answer() {  # answer NAME FOLDER: a policy's generations
-  python generate.py --model "$2" --generator "$1" --prompts "$out/pairs/prompts/validation.jsonl" --temperature 0.7 \
-    --num_prompts 128 --max_new_tokens 96 --max_length 192 --micro_batch_size 128 --seed "$seed"
+answer() {  # answer NAME FOLDER: a policy's greedy generations and the judge's rewards
+  python generate.py --model "$2" --generator "$1" --prompts "$out/pairs/prompts/validation.jsonl" --temperature 0 \
+    --num_prompts 96 --max_new_tokens 64 --max_length 160 --micro_batch_size 96 --seed "$seed" &&
+  python precompute_rewards.py --oracle "$out/judge/model" --data "$2/generations.jsonl" --out "$2/rewards.pt"
 }
 unit_scale() { python -c "import torch; saved = torch.load('$1', weights_only=True); d = saved['chosen'] - saved['rejected']
 print(1 / d[d.isfinite()].std().item())"; }  # what gives the Oracle's differences the standard deviation 1
@@ -50,7 +51,8 @@ learn() {  # learn SET METHOD: a policy and its generations
     edpo | drdo*) flags="$flags --oracle_rewards $out/$1/rewards.pt" ;;
   esac
   case $2 in *_unit) flags="$flags --oracle_scale $(unit_scale "$out/$1/rewards.pt")" ;; esac
-  [ -e "$out/$1/$2/model.safetensors" ] || train "$script" --model "$out/sft" --data "$out/$1/all/train.jsonl" --out "$out/$1/$2" --max_steps "$steps" $flags &&
+  [ -e "$out/$1/$2/model.safetensors" ] ||
+    train "$script" --model "$out/sft" --data "$out/$1/all/train.jsonl" --out "$out/$1/$2" --max_steps "$steps" $flags &&
   answer "$1/$2" "$out/$1/$2"
 }
 
@@ -76,18 +78,16 @@ job judge "$out/judge/model/model.safetensors" train oracle.py --model "$model" 
 for set in $sets; do job "oracle_$set" "$out/$set/rewards.pt" teach "$set"; done; settle
 
 # ---- the policies and what they say
-job answer_sft "$out/sft/generations.jsonl" answer sft "$out/sft"
+job answer_sft "$out/sft/rewards.pt" answer sft "$out/sft"
 for set in $sets; do
-  for method in $order; do job "${set}_$method" "$out/$set/$method/generations.jsonl" learn "$set" "$method"; done
+  for method in $order; do job "${set}_$method" "$out/$set/$method/rewards.pt" learn "$set" "$method"; done
 done; settle
 
-# ---- verdicts; how often the judge and the Oracles agree with held-out labels
-cat "$out/sft/generations.jsonl" "$out"/{pairs,flipped,ambiguous}/*/generations.jsonl > "$out/generations.jsonl"
-job verdicts "$out/generations.pt" python precompute_rewards.py --oracle "$out/judge/model" --data "$out/generations.jsonl" --out "$out/generations.pt"
-job accuracy "$out/accuracy.pt" python precompute_rewards.py --oracle "$out/judge/model" "$out"/{pairs,flipped,ambiguous}/oracle \
-  --data "$out/pairs/all/validation.jsonl" --max_length "$length" --out "$out/accuracy.pt"; settle
-python evaluate.py --generations "$out/generations.jsonl" --rewards "$out/generations.pt" --against sft {pairs,flipped,ambiguous}/dpo \
-  --out "$out/evaluation" > "$out/logs/evaluation.log"
+# ---- verdicts; how often the judge agrees with held-out labels
+job accuracy "$out/accuracy.pt" python precompute_rewards.py --oracle "$out/judge/model" --data "$out/pairs/all/validation.jsonl" \
+  --max_length "$length" --out "$out/accuracy.pt"; settle
+python evaluate.py --generations "$out/sft/generations.jsonl" "$out"/{pairs,flipped,ambiguous}/*/generations.jsonl \
+  --against sft {pairs,flipped,ambiguous}/dpo --out "$out/evaluation" > "$out/logs/evaluation.log"
 python - "$out" <<'PYTHON'
 import json, sys, torch
 out = sys.argv[1]
@@ -96,10 +96,9 @@ held_out = [json.loads(line) for line in open(f"{out}/pairs/all/validation.jsonl
 saved = torch.load(f"{out}/accuracy.pt", weights_only=True)
 kept = ~saved["chosen"][0].isnan()
 longer = [(len(row["chosen"]) > len(row["rejected"])) for row, keep in zip(held_out, kept) if keep]
-print(f"\nOf {len(longer)} held-out pairs of PAIRS the longer response is the chosen one in {sum(longer) / len(longer):.2f}, and right are")
-for name, right in zip(("the judge", "the Oracle", "the Oracle of flipped labels", "the Oracle of ambiguous pairs"),
-                       (saved["chosen"] > saved["rejected"])[:, kept].float().mean(1).tolist()):
-    print(f"  {name}: {right:.2f}")
+right = (saved["chosen"] > saved["rejected"])[0, kept].float().mean()
+print(f"\nOf {len(longer)} held-out pairs of PAIRS the longer response is the chosen one in {sum(longer) / len(longer):.2f}; the judge "
+      f"is right in {right:.2f}.")
 find = lambda rows, **keys: next((row for row in rows if all(row[key] == value for key, value in keys.items())), None)
 print("\n| pairs | method | against SFT | against DPO | judge's reward | tokens, EOS |\n|---|---|---|---|---|---|")
 for policy in verdict["policies"]:
