@@ -34,7 +34,7 @@ settle() { local job; for job in $(jobs -p); do wait "$job"; done; }
 train() { python "$1" --max_length "$length" --eval_data "" --save_steps 0 --warmup_steps 2 --micro_batch_size 8 \
   --batch_size "$batch" --learning_rate "$rate" --seed "$seed" "${@:2}"; }
 answer() {  # answer NAME FOLDER: a policy's greedy generations and the judge's rewards
-  python generate.py --model "$2" --generator "$1" --prompts "$out/pairs/prompts/validation.jsonl" --temperature 0 \
+  python generate.py --model "$2" --generator "$1" --prompts "$out/prompts.jsonl" --temperature 0 \
     --num_prompts 96 --max_new_tokens 64 --max_length 160 --micro_batch_size 96 --seed "$seed" &&
   python precompute_rewards.py --oracle "$out/judge/model" --data "$2/generations.jsonl" --out "$2/rewards.pt"
 }
@@ -56,7 +56,8 @@ learn() {  # learn SET METHOD: a policy and its generations
   answer "$1/$2" "$out/$1/$2"
 }
 
-# ---- data: a third of PAIRS' prompts is held out; the flipped copy; the judge's own set
+# ---- data: a third of PAIRS' prompts is held out; the flipped copy; the judge's own set; prompts without their references,
+# which would be scored with every policy's answers
 cut() { job "$1" "$out/$1/all/train.jsonl" python splits.py --dataset "$2" --out "$out/$1" --seed "$seed" --validation_fraction "$3"; }
 cut pairs "$pairs" 0.35; cut ambiguous "$ambiguous" 0.1; cut judge "$judge" 0.1; settle
 job prompts "$out/pairs/prompts/validation.jsonl" python splits.py --prompts "$out/pairs/all/validation.jsonl" --out "$out/pairs" --seed "$seed"; settle
@@ -69,6 +70,9 @@ with open(f"{out}/flipped/all/train.jsonl", "w") as file:
         if generator.random() < 0.4:
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
         file.write(json.dumps(row) + "\n")
+with open(f"{out}/prompts.jsonl", "w") as file:
+    for row in map(json.loads, open(f"{out}/pairs/prompts/validation.jsonl")):
+        file.write(json.dumps({"prompt": row["prompt"]}) + "\n")
 PYTHON
 
 # ---- the SFT policy; the judge, from the pretrained LM; an Oracle for each set
