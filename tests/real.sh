@@ -98,7 +98,7 @@ out = sys.argv[1]
 verdict = json.load(open(f"{out}/evaluation/evaluation.json"))
 held_out = [json.loads(line) for line in open(f"{out}/pairs/all/validation.jsonl")]
 saved = torch.load(f"{out}/accuracy.pt", weights_only=True)
-kept = ~saved["chosen"][0].isnan()
+kept = (saved["chosen"] - saved["rejected"])[0].isfinite()
 longer = [(len(row["chosen"]) > len(row["rejected"])) for row, keep in zip(held_out, kept) if keep]
 right = (saved["chosen"] > saved["rejected"])[0, kept].float().mean()
 print(f"\nOf {len(longer)} held-out pairs of PAIRS the longer response is the chosen one in {sum(longer) / len(longer):.2f}; the judge "
