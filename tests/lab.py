@@ -168,12 +168,10 @@ def unit_scale(path):
 
 
 def keep_winners(data, which, out):
-    """The rows whose chosen response is shorter than, as long as or longer than the rejected, in words; their file."""
-    path = f"{out}/data/winners_{which}.jsonl"
+    """Writes the rows whose chosen response is shorter than, as long as or longer than the rejected, in words."""
     rows = [json.loads(line) for line in open(data)]
     longer = [len(row["chosen"].split()) - len(row["rejected"].split()) for row in rows]
-    toy.write_jsonl(path, [row for row, n in zip(rows, longer) if np.sign(n) == {"shorter": -1, "equal": 0, "longer": 1}[which]])
-    return path
+    toy.write_jsonl(out, [row for row, n in zip(rows, longer) if np.sign(n) == {"shorter": -1, "equal": 0, "longer": 1}[which]])
 
 
 def more_comparisons(world, pairs, seed, flip):
@@ -227,19 +225,27 @@ def sample(home, folder, seed, temperatures=(0.7,), name="generations"):
           f"{folder}/{name}.jsonl", f"{folder}.logs/{name}.log")
 
 
+def places(home, cell):
+    """(the folder of a cell's labels, the name of its pairs there, their file, the Oracle's rewards)."""
+    world, name = f"{home}/flip{cell['flip']}_pairs{cell['pairs']}", cell["split"]
+    data = f"{world}/data/{name}/train.jsonl"
+    if cell["winners"] != "any":
+        name, data = f"{name}_{cell['winners']}", f"{world}/data/winners_{cell['winners']}.jsonl"
+    return world, name, data, f"{world}/{name}.{cell['oracle']}.pt"
+
+
 def run_cell(home, seed, cell, settings):
     """Trains and samples a cell's methods; yields each policy's folder. settings: {method: [flags to run it with]}."""
-    world = f"{home}/flip{cell['flip']}_pairs{cell['pairs']}"
+    world, name, data, oracle_rewards = places(home, cell)
     if not os.path.exists(f"{world}/comparisons.jsonl"):
         os.makedirs(world, exist_ok=True)
         toy.write_jsonl(f"{world}/comparisons.jsonl", toy.make_comparisons(cell["pairs"], seed, cell["flip"]))
-    data, name = f"{world}/data/{cell['split']}/train.jsonl", cell["split"]
-    stage(splits.main, ["--out", f"{world}/data", "--dataset", f"{world}/comparisons.jsonl", "--seed", seed], data,
+    whole = f"{world}/data/{cell['split']}/train.jsonl"
+    stage(splits.main, ["--out", f"{world}/data", "--dataset", f"{world}/comparisons.jsonl", "--seed", seed], whole,
           f"{world}/logs/splits.log")
     if cell["winners"] != "any":
-        data, name = keep_winners(data, cell["winners"], world), f"{cell['split']}_{cell['winners']}"
-    rewards = {who: f"{world}/{name}.{who}.pt" for who in ("ensemble", cell["oracle"])}
-    rewards["oracle"] = rewards["unit"] = rewards[cell["oracle"]]
+        keep_winners(whole, cell["winners"], data)
+    rewards = {"oracle": oracle_rewards, "unit": oracle_rewards, "ensemble": f"{world}/{name}.ensemble.pt"}
     shared = ["--eval_data", "", "--save_steps", 0, "--warmup_steps", 10, "--seed", seed]
 
     def score(oracles, data, out):
@@ -252,13 +258,13 @@ def run_cell(home, seed, cell, settings):
 
     learned = reward_model(f"{world}/oracle", "--max_steps", 400)
     if cell["oracle"] == "learned":
-        score([learned], data, rewards["learned"])
+        score([learned], data, oracle_rewards)
     elif cell["oracle"] == "larger":
         comparisons = more_comparisons(world, 3 * cell["pairs"], seed, cell["flip"])
         score([reward_model(f"{world}/larger_oracle", "--max_steps", 1000, "--learning_rate", 1e-3, model=larger_sft(home, seed),
-                            data=comparisons)], data, rewards["larger"])
-    elif not os.path.exists(rewards["true"]):
-        true_rewards(data, rewards["true"])
+                            data=comparisons)], data, oracle_rewards)
+    elif not os.path.exists(oracle_rewards):
+        true_rewards(data, oracle_rewards)
     if any(METHODS[method][1] == "ensemble" for method in cell["methods"]):
         members = [reward_model(f"{world}/reward_model_{k}", "--alpha", 0, "--max_steps", 250, "--seed", seed + 1000 * k)
                    for k in (1, 2, 3)]
@@ -341,14 +347,28 @@ def interval(by_seed):
     return [float(means.mean()), float(means.mean() - half), float(means.mean() + half)]
 
 
+def teacher(cell, home):
+    """(share of a cell's pairs whose truly better response the Oracle prefers, std of its differences); ties in truth left out."""
+    _, _, data, path = places(home, cell)
+    saved = torch.load(path, weights_only=True)
+    margins = (saved["chosen"] - saved["rejected"])[0]
+    truth = torch.tensor([toy.true_reward({**row, "response": row["chosen"]}) - toy.true_reward({**row, "response": row["rejected"]})
+                          for row in map(json.loads, open(data))])
+    return ((margins > 0) == (truth > 0))[truth != 0].float().mean().item(), margins.std().item()
+
+
 def judge(cell, policies):
     """{method: its figures in a cell}: win rates with intervals, "opponent/domain" by the truth, "oracle/domain" against SFT by
-    the Oracle, "T=0.2/domain" against SFT at other temperatures; means of true reward, tokens, EOS, last log-probs."""
+    the Oracle, "T=0.2/domain" against SFT at other temperatures; means of true reward, tokens, EOS, last log-probs. SFT's also
+    have the cell's Oracle: how often it is right, and the std of its differences by seed."""
     folders = {"sft": [(home, f"{home}/sft") for home, _ in next(iter(policies.values()))], **policies}
+    teachers = np.array([teacher(cell, home) for home, _ in folders["sft"]])
     texts = {method: [read(folder) for _, folder in many] for method, many in folders.items()}
     figures = {}
     for method, many in folders.items():
         row = figures[method] = {"seeds": len(many)}
+        if method == "sft":
+            row |= {"oracle_right": float(teachers[:, 0].mean()), "oracle_stds": teachers[:, 1].tolist()}
         for domain in DOMAINS:
             for opponent in folders:
                 if opponent != method:
@@ -380,7 +400,9 @@ def report(out, results):
     for name, figures in results.items():
         cell, last = CELLS[name], next(reversed(figures.values()))
         print(f"\n## {name}: {cell['split']}, flips {cell['flip']}, Oracle {cell['oracle']}, winners {cell['winners']}, "
-              f"{cell['pairs']} pairs, {cell['steps']} steps, {figures['sft']['seeds']} seeds; posts / articles\n")
+              f"{cell['pairs']} pairs, {cell['steps']} steps, {figures['sft']['seeds']} seeds; posts / articles\n\n"
+              f"The Oracle is right on {figures['sft']['oracle_right']:.2f} of the pairs, by the truth; its differences' std, by seed: "
+              f"{', '.join(f'{std:.2f}' for std in figures['sft']['oracle_stds'])}.\n")
         columns = [opponent for opponent in OPPONENTS if opponent in figures] + ["oracle"] * ("oracle/test" in last)
         titles = ["against SFT by the Oracle" if column == "oracle" else f"against {column}" for column in columns]
         print(f"| method | {' | '.join(titles)} | true reward | tokens | EOS | log pi(y_w), log pi(y_l) |")
@@ -399,6 +421,11 @@ def report(out, results):
     print(f"\nwrote {out}/results.json")
 
 
+def best_elsewhere(rates):
+    """For each seed the index of the length that wins most on the others; rates: (lengths, seeds)."""
+    return (rates.sum(1, keepdims=True) - rates).argmax(0)
+
+
 def best_checkpoints(runs):
     """Prints each method at its best length of training: for a seed the one of LENGTHS that wins most against SFT on the other
     seeds, so that no length is chosen on the prompts it is judged on. runs: run()'s."""
@@ -409,7 +436,7 @@ def best_checkpoints(runs):
         texts = [[read(folder) for _, folder in runs[cell][method]] for cell in LENGTHS.values()]
         rates = np.array([[np.mean([wins(text[domain], start[domain]).mean() for domain in DOMAINS])
                            for text, start in zip(row, sft)] for row in texts])  # (lengths, seeds)
-        best = (rates.sum(1, keepdims=True) - rates).argmax(0)
+        best = best_elsewhere(rates)
         picked[method[0]] = [[lengths[k] for k in best], [texts[k][seed] for seed, k in enumerate(best)]]
     print("\n## best of " + ", ".join(map(str, lengths)) + " steps, chosen on the other seeds; posts / articles\n")
     print("| method | steps, by seed | against SFT | against DPO | against e-DPO, DRDO's Oracle |\n|" + "---|" * 5)
@@ -420,8 +447,8 @@ def best_checkpoints(runs):
         print(f"| {method} | {', '.join(map(str, steps))} | {' | '.join(shown)} |")
 
 
-def terms(out, seeds, pairs=480):
-    """Prints what each term of Eq. 6 does on the clean D_all: the norm of its gradient on the LM's weights, and its push on
+def terms(out, seeds, cell, pairs=480):
+    """Prints what each term of Eq. 6 does on a cell's pairs: the norm of its gradient on the LM's weights, and its push on
     z_w and z_l, minus its derivative there, a pair (mean over pairs); at the SFT policy and at DRDO's after 100 steps."""
     import transformers
     from losses import contrastive_loss, distillation_loss, dpo_loss, log1mexp
@@ -432,8 +459,9 @@ def terms(out, seeds, pairs=480):
         figures, sizes = {}, []
         for seed in seeds:
             home = f"{out}/seed{seed}"
-            world, setting = f"{home}/flip0.0_pairs6000", METHODS.get(name, ("", "", ""))[2].replace(" ", "").replace("--", "_")
-            folder = f"{home}/sft" if name == "sft" else f"{world}/all_learned_100/{name}{setting}"
+            world, split, data, oracle_rewards = places(home, cell)
+            setting = METHODS.get(name, ("", "", ""))[2].replace(" ", "").replace("--", "_")
+            folder = f"{home}/sft" if name == "sft" else f"{world}/{split}_{cell['oracle']}_{cell['steps']}/{name}{setting}"
             tokenizer = align.load_tokenizer(folder)
             lm = align.load_model(folder, tokenizer.pad_token_id)
             torch.manual_seed(seed)
@@ -441,20 +469,28 @@ def terms(out, seeds, pairs=480):
             if name == "drdo":  # the head that it learned
                 from safetensors.torch import load_file
                 lm.score.weight.data = load_file(f"{folder}/model.safetensors")["score.weight"]
-            rows = [json.loads(line) for line, _ in zip(open(f"{world}/data/all/train.jsonl"), range(pairs))]
+            rows = [json.loads(line) for line, _ in zip(open(data), range(pairs))]
             encoded = [[np.array(ids) for ids in (align.encode_prompt(tokenizer, row["prompt"]), *(
                 align.encode_response(tokenizer, row[key]) for key in ("chosen", "rejected")))] for row in rows]
             logps, rewards = align.PairModel(lm)(**align.collate(encoded, tokenizer.pad_token_id, "cpu"))
-            saved = torch.load(f"{world}/all.learned.pt", weights_only=True)
-            teacher = saved["chosen"][0, :pairs], saved["rejected"][0, :pairs]
             z_w, z_l = logps.unbind(1)
+            lengths_w, lengths_l = torch.tensor([[len(pair[1]), len(pair[2])] for pair in encoded]).T
+            saved = torch.load(oracle_rewards, weights_only=True)
+            teaches = saved["chosen"][0, :pairs], saved["rejected"][0, :pairs]
+            scaled = [unit_scale(oracle_rewards) * rewards for rewards in teaches]
+            log_ratio_w, log_ratio_l = z_w - z_w.detach(), z_l - z_l.detach()
             focal = torch.sigmoid(z_l - z_w) ** 2
-            parts = {"distillation, r^ the head": distillation_loss(*rewards.unbind(1), *teacher),
-                     "distillation, r^ = 0.03 log pi": distillation_loss(0.03 * z_w, 0.03 * z_l, *teacher),
+            parts = {"distillation, r^ the head": distillation_loss(*rewards.unbind(1), *teaches),
+                     "distillation, r^ = 0.03 log pi": distillation_loss(0.03 * z_w, 0.03 * z_l, *teaches),
+                     "distillation, r^ = 0.1 log ratio, at its start":
+                         distillation_loss(0.1 * log_ratio_w, 0.1 * log_ratio_l, *teaches),
+                     "distillation, r^ = 0.03 log ratio, at its start, unit scale":
+                         distillation_loss(0.03 * log_ratio_w, 0.03 * log_ratio_l, *scaled),
                      "0.1 x contrastive, whole": 0.1 * contrastive_loss(z_w, z_l),
                      "... likelihood of y_w": -0.1 * focal.detach() * z_w,
                      "... log(1 - pi(y_l))": 0.1 * focal.detach() * log1mexp(z_l),
                      "... the focal factor's own gradient": -0.1 * focal * (z_w - log1mexp(z_l)).detach(),
+                     "0.1 x contrastive, p_w of means": 0.1 * contrastive_loss(z_w, z_l, 2.0, z_w / lengths_w - z_l / lengths_l),
                      "DPO, beta 0.1, at its start": dpo_loss(z_w, z_l, z_w.detach(), z_l.detach())}
             sizes.append(logps.mean(0).tolist())
             for term, loss in parts.items():
@@ -542,7 +578,10 @@ def main():
         tried = [method for method in METHODS if METHODS[method][3] and method in (args.methods or METHODS)]
         return choose(args.out, args.seeds or CHOOSING_SEEDS, args.workers, tried)
     if args.terms:
-        return terms(args.out, args.seeds or SEEDS)
+        for name in args.cells if len(args.cells) < len(CELLS) else ["clean_all"]:
+            print(f"\n## {name}\n")
+            terms(args.out, args.seeds or SEEDS, CELLS[name])
+        return
     cells = {name: CELLS[name] | {"methods": [m for m in CELLS[name]["methods"] if m in (args.methods or METHODS)]}
              for name in args.cells}
     runs = run(args.out, args.seeds or SEEDS, cells, {method: [METHODS[method][2]] for method in METHODS}, args.workers)

@@ -6,11 +6,15 @@
 #
 #     bash tests/real.sh MODEL PAIRS.jsonl.gz AMBIGUOUS.jsonl.gz JUDGE.jsonl.gz        # writes out/real; goes on where it was
 #
+# MODEL is a folder, since nothing is asked of a hub.
 # Two stages run side by side, on one thread each. A 135M model takes about two hours of two cores. The sizes are here:
 set -euo pipefail
+usage="bash tests/real.sh MODEL PAIRS.jsonl.gz AMBIGUOUS.jsonl.gz JUDGE.jsonl.gz"
+[ $# -eq 4 ] || { echo "error: four arguments are needed: $usage" >&2; exit 2; }
+for path in "$@"; do [ -e "$path" ] || { echo "error: $path: there is no such file or folder; $usage" >&2; exit 2; }; done
+model=$(realpath "$1") pairs=$(realpath "$2") ambiguous=$(realpath "$3") judge=$(realpath "$4")
 cd "$(dirname "$0")/.."
 out=${OUT:-out/real} seed=${SEED:-0} length=112 batch=8 rate=5e-5 sft_steps=24 oracle_steps=48 steps=16
-model=$1 pairs=$2 ambiguous=$3 judge=$4
 sets="pairs flipped ambiguous"
 declare -A methods=(
   [sft_winners]=""

@@ -1,7 +1,9 @@
 """The study's arithmetic (tests/lab.py): intervals, verdicts, and the sets it cuts."""
 import json
+import os
 
 import numpy as np
+import torch
 
 import lab
 import toy
@@ -23,13 +25,34 @@ def test_wins_go_to_the_higher_true_reward_and_a_tie_counts_half():
 
 
 def test_the_length_dial_cuts_a_set_in_three(tmp_path):
-    rows = toy.make_pairs(200, 0)
-    (tmp_path / "data").mkdir()
+    rows, kept = toy.make_pairs(200, 0), {}
     toy.write_jsonl(tmp_path / "train.jsonl", rows)
-    kept = {which: [json.loads(line) for line in open(lab.keep_winners(tmp_path / "train.jsonl", which, tmp_path))]
-            for which in ("shorter", "equal", "longer")}
+    for which in ("shorter", "equal", "longer"):
+        lab.keep_winners(tmp_path / "train.jsonl", which, tmp_path / f"{which}.jsonl")
+        kept[which] = [json.loads(line) for line in open(tmp_path / f"{which}.jsonl")]
     assert sum(map(len, kept.values())) == len(rows) and all(len(some) > 20 for some in kept.values())
     assert all(len(row["chosen"].split()) < len(row["rejected"].split()) for row in kept["shorter"])
+
+
+def test_the_best_length_of_a_seed_is_chosen_on_the_others():
+    rates = np.array([[0.9, 0.4, 0.5],   # 100 steps win by far on the first seed alone,
+                      [0.1, 0.6, 0.6]])  # where 300 lose by far
+    assert lab.best_elsewhere(rates).tolist() == [1, 0, 0]
+
+
+def test_the_oracle_is_right_where_it_prefers_the_truly_better_response(tmp_path):
+    cell = {"flip": 0.4, "pairs": 9, "split": "all", "winners": "any", "oracle": "learned"}
+    _, _, data, path = lab.places(tmp_path, cell)
+    rows = toy.make_pairs(200, 3, 0.4)
+    os.makedirs(os.path.dirname(data))
+    toy.write_jsonl(data, rows)
+    lab.true_rewards(data, path)
+    assert lab.teacher(cell, tmp_path)[0] == 1
+    saved = torch.load(path, weights_only=True)
+    labels = [np.sign(row["chosen_reward"] - row["rejected_reward"]) for row in rows]  # flips and ties among them
+    torch.save({**saved, "chosen": torch.ones(1, 200), "rejected": torch.zeros(1, 200)}, path)  # an Oracle that repeats the labels
+    right, std = lab.teacher(cell, tmp_path)
+    assert np.isclose(right, labels.count(1) / (labels.count(1) + labels.count(-1))) and std == 0
 
 
 def test_true_rewards_are_read_by_align(tmp_path):
