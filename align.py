@@ -10,7 +10,7 @@ Out:  out/<loss>/: model and tokenizer (DRDO's reward head inside, as score.weig
     deepspeed align.py --loss drdo --oracle_rewards rewards.pt --resume  # from the last checkpoint
 
 One model is in memory. The Oracle's rewards were computed before (precompute_rewards.py); DRDO has no reference model;
-DPO's and e-DPO's is the policy before its first step, whose log-probs are taken once, kept in <out>/reference.pt.
+that of DPO, e-DPO and IPO is the policy before its first step: its log-probs are taken once, kept in <out>/reference.pt.
 
 One row holds a pair, [prompt | chosen | rejected]: the prompt is computed once, and a mask lets each response see the
 prompt and itself. At start-up one pair is scored by the model's own forward too, and must agree.
@@ -41,7 +41,8 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from losses import contrastive_loss, distillation_loss, dpo_loss, drdo_loss, edpo_loss, last_token_rewards, response_logps
+from losses import (contrastive_loss, distillation_loss, dpo_loss, drdo_loss, edpo_loss, ipo_loss, last_token_rewards,
+                    response_logps)
 
 
 def parse_args():
@@ -50,11 +51,12 @@ def parse_args():
     group = parser.add_argument_group("method")
     group.add_argument("--loss", required=True, choices=["drdo", "dpo", "edpo", "ipo"],
                        help="Eq. 6, Eq. 3, Eq. 4, or IPO (Azar et al. 2023, arXiv 2310.12036)")
-    group.add_argument("--oracle_rewards", help="rewards.pt of --data by precompute_rewards.py; drdo and edpo need it")
+    group.add_argument("--oracle_rewards", help="rewards.pt of --data by precompute_rewards.py, for drdo (of K Oracles "
+                       "their mean) and edpo")
     group.add_argument("--eval_oracle_rewards", help="the same of --eval_data; without it drdo and edpo evaluate no loss")
     group.add_argument("--alpha", type=float, default=0.1, help="drdo: weight of the contrastive log-unlikelihood")
     group.add_argument("--gamma", type=float, default=2.0, help="drdo: focal exponent of (1 - p_w)")
-    group.add_argument("--beta", type=float, default=0.1, help="scale of the log-prob rewards (dpo, edpo, drdo on logps)")
+    group.add_argument("--beta", type=float, default=0.1, help="scale of the log-prob rewards (all but drdo with a head)")
     group.add_argument("--ensemble", choices=["mean", "min"], default="mean",
                        help="edpo: distil the mean of the reward models, or for each pair the nearest one")
     group = parser.add_argument_group("readings of Eq. 6, the paper's the default, and controls")
@@ -87,13 +89,15 @@ def parse_args():
     group.add_argument("--eval_rows", type=int, default=1000, help="evaluate on so many rows, --eval_data's first; 0: on all")
     group.add_argument("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
     group.add_argument("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
-    group.add_argument("--resume", action="store_true", help="go on from <out>/checkpoint, with the flags it began with")
+    group.add_argument("--resume", action="store_true", help="go on from <out>/checkpoint; repeat its run's flags")
     group.add_argument("--seed", type=int, default=0, help="order of the data and initialisation of the head")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
     args.out = args.out or f"out/{args.loss}"
     check_flags(args, args.out, "alpha", "gamma", "nll_coef", "weight_decay", "warmup_steps", "save_steps", "eval_rows", "seed",
                 "local_rank")
+    if args.max_steps and args.epochs:
+        fail("--max_steps and --epochs both say how long to train; give one of them")
     if args.loss in ("drdo", "edpo") and not args.oracle_rewards:
         fail(f"--loss {args.loss} distils rewards: give --oracle_rewards, a file that precompute_rewards.py wrote")
     return args
@@ -109,10 +113,14 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, lengths):
     log pi(y|x), (B, 2); oracle: the Oracles' rewards, (K, B, 2); lengths: tokens of (chosen, rejected), (B, 2).
     """
     oracle = args.oracle_scale * oracle
-    student = args.beta * (logps - reference)  # DPO's implicit reward
+    if args.loss == "drdo" and args.student_rewards == "head":
+        student = rewards
+    elif args.loss == "drdo" and args.student_rewards == "logps":
+        student = args.beta * logps
+    else:
+        student = args.beta * (logps - reference)  # DPO's implicit reward
+
     if args.loss == "drdo":
-        if args.student_rewards != "log_ratio":
-            student = rewards if args.student_rewards == "head" else args.beta * logps
         z = logps if args.p_w == "sum" else logps / lengths
         preference_logits = z[:, 0] - z[:, 1]
         if args.detach_focal:
@@ -123,8 +131,8 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, lengths):
         loss = dpo_loss(*logps.unbind(1), *reference.unbind(1), args.beta)
     elif args.loss == "edpo":
         loss = edpo_loss(*logps.unbind(1), *reference.unbind(1), *oracle.unbind(2), args.beta, args.ensemble)
-    else:  # IPO, (log ratio - 1 / (2 beta))^2: the regression on a reward difference of 1/2
-        loss = (student[:, 0] - student[:, 1] - 0.5) ** 2 / args.beta**2
+    else:
+        loss = ipo_loss(*logps.unbind(1), *reference.unbind(1), args.beta)
     loss = loss - args.nll_coef * logps[:, 0]
 
     margins = student[:, 0] - student[:, 1]
@@ -195,14 +203,14 @@ class PairModel(torch.nn.Module):
 @torch.no_grad()
 def check_layout(model, batch, folder):
     """Fails where the model's own forward, on prompt + response alone, gives a pair other log-probs than one row does:
-    a model that ignores 4D masks, slides a window shorter than the pair, or scales its logits. `batch` holds one pair."""
+    a model that ignores 4D masks, scales its logits, or slides a window shorter than prompt + response. `batch` has one pair."""
     logps, _ = model(**batch)
     tolerance = 1e-3 if next(model.parameters()).dtype.itemsize >= 4 else 0.05  # a token; bf16 keeps 8 bits
     for number, logp in enumerate(logps[0], 1):
         prompt, response = batch["input_ids"][batch["segments"] == 0], batch["input_ids"][batch["segments"] == number]
         logits = model.lm(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
         own = logits.float().log_softmax(-1).gather(-1, response[:, None]).sum()
-        if abs(own - logp) > tolerance * len(response):
+        if not abs(own - logp) <= tolerance * len(response):  # NaN too
             fail(f"{folder}: log pi(y|x) of a response is {own:.2f} by the model's own forward and {logp:.2f} in a row of "
                  "pairs; this model type cannot be trained here, or not with this --max_length")
 
@@ -305,9 +313,9 @@ def main():
     to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
     check_layout(engine.module, to_batch([pairs[lengths.argmax()]]), args.model)
     step, run = start_run(engine, args)
-    trained = np.unique([*itertools.islice(batches(lengths, args.batch_size, args.seed), max_steps)])  # the rows of this run
-    known, eval_reference = reference_logps(engine.module, [[pairs[i] for i in trained], eval_pairs], args, to_batch)
-    reference = torch.full((len(pairs), 2), math.nan).index_copy(0, torch.as_tensor(trained), known)
+    used = np.unique([*itertools.islice(batches(lengths, args.batch_size, args.seed), max_steps)])  # rows that this run takes
+    used_logps, eval_reference = reference_logps(engine.module, [[pairs[i] for i in used], eval_pairs], args, to_batch)
+    reference = torch.full((len(pairs), 2), math.nan).index_copy(0, torch.as_tensor(used), used_logps)
 
     # ---- training
     window, tokens, start = [], 0, time.time()
@@ -325,10 +333,11 @@ def main():
 
         if step == 1 or step % args.log_steps == 0 or step == max_steps:
             metrics = gather(window)
-            ratio = {"oracle_student_std_ratio": spread_ratio(metrics, args)} if step == 1 and args.loss == "drdo" else {}
+            ratio = spread_ratio(metrics, args) if step == 1 else {}
             log(args, step, metrics, epoch=step * args.batch_size / len(pairs), **speed(tokens, start, device), **ratio,
                 grad_norm=float(engine.get_global_grad_norm()),
-                learning_rate=args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps))
+                learning_rate=args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps),
+                skipped_steps=engine.skipped_steps)
             window, tokens, start = [], 0, time.time()
         if eval_pairs and (step % args.eval_steps == 0 or step == max_steps):
             logps, rewards = score_all(engine.module, eval_pairs, args.micro_batch_size, to_batch, "evaluating")
@@ -337,6 +346,7 @@ def main():
             tokens, start = 0, time.time()
         if args.save_steps and step % args.save_steps == 0:
             save_checkpoint(engine, args, step, run)
+            tokens, start = 0, time.time()
     save_model(lm, tokenizer, args)
     dist.destroy_process_group()
 
@@ -383,12 +393,15 @@ def reference_logps(model, splits, args, to_batch):
 
 
 def spread_ratio(metrics, args):
-    """std of the Oracle's reward differences over std of the student's, on the first batch: how loud the teacher is."""
+    """{"oracle_student_std_ratio": std of the Oracle's reward differences over std of the student's, on the first batch}, for
+    drdo with a head or logps (the log ratio is still 0 there); warns where it is low."""
+    if args.loss != "drdo" or args.student_rewards == "log_ratio":
+        return {}
     ratio = (metrics["oracle/margins"].std() / metrics["rewards/margins"].std()).item()
     if args.student_rewards == "logps" and ratio < 5 and dist.get_rank() == 0:
         tqdm.write(f"warning: the Oracle's differences spread {ratio:.2f} times as wide as the student's; where that is below "
                    f"about 5 the policy learns to flatten its log-probs. Lower --beta {args.beta}", file=sys.stderr)
-    return ratio
+    return {"oracle_student_std_ratio": ratio}
 
 
 # ---- what the stages do alike, copied to the letter -------------------------------------------------------------------
@@ -545,6 +558,8 @@ def make_engine(model, args, device, max_steps):
                 model.parameters(), engine.gradient_clipping()))
             engine.enable_backward_allreduce = False
         return engine
+    except RuntimeError:  # out of memory, or NCCL's: not the file's fault
+        raise
     except Exception as error:
         fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json that "
              "stands beside this script")
@@ -569,18 +584,27 @@ def start_run(engine, args):
     """(step to start from, what the run is). Without --resume step 0; with it the last checkpoint's, whose weights and
     optimizer are loaded and behind which log.jsonl is cut off. Writes <out>/args.json."""
     with open(args.data, "rb") as file:
-        run = {**vars(args), "processes": dist.get_world_size(), "data_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        run = {**vars(args), "processes": dist.get_world_size(), "data_sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+               "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     step, lines = 0, []
     if args.resume:
+        if not os.path.exists(f"{args.out}/checkpoint/latest"):
+            fail(f"--resume: {args.out}/checkpoint holds no checkpoint; start without --resume")
         try:
             state = engine.load_checkpoint(f"{args.out}/checkpoint")[1]
             step, before = state["step"], state["run"]
-            with open(f"{args.out}/log.jsonl") as file:
-                lines = [line for line in file if json.loads(line)["step"] <= step]
+            with open(f"{args.out}/args.json") as args_file, open(f"{args.out}/log.jsonl") as log_file:
+                run["started"] = json.load(args_file)["started"]
+                lines = [line for line in log_file if json.loads(line)["step"] <= step]
         except Exception as error:
-            fail(f"--resume: cannot go on from {args.out}/checkpoint ({error!r:.200}); start without --resume")
+            fail(f"--resume: {args.out}/checkpoint, args.json or log.jsonl is damaged ({error!r:.200}); put back a copy, or "
+                 "start without --resume, which writes over them")
+        if run["started"] != before["started"]:
+            fail(f"--resume: {args.out}/checkpoint is of the run of {before['started']}, and that of {run['started']} has saved none; "
+                 "start without --resume")
+        may_change = "resume local_rank log_steps eval_steps save_steps micro_batch_size gradient_checkpointing".split()
         for name, value in run.items():
-            if name not in ("resume", "local_rank", "log_steps", "eval_steps", "save_steps") and value != before.get(name):
+            if name not in may_change and value != before.get(name):
                 fail(f"--resume: {name} was {before.get(name)} and is now {value}; go on with what the checkpoint's run began with")
     if dist.get_rank() == 0:
         versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
@@ -592,8 +616,8 @@ def start_run(engine, args):
 
 
 def log(args, step, metrics, prefix="", **figures):
-    """Appends a line to <out>/log.jsonl and shows the gist of it, on rank 0: each metric's mean over pairs (of the held-out
-    ones without those that are NaN for want of Oracle rewards), and the figures. Ends the run where the loss is lost."""
+    """Appends a line to <out>/log.jsonl and prints its main figures, on rank 0: each metric's mean over pairs (of the held-out
+    ones without those that are NaN for want of Oracle rewards), and the figures. Fails where the loss is not finite."""
     line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
                              if not (prefix and value.isnan().all())}, **figures}
     if not math.isfinite(line.get("loss", 0.0)):
@@ -612,8 +636,15 @@ def speed(tokens, start, device):
     return {"tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
 
 
+def check_weights(model, args):
+    """Fails where the last step has made a weight NaN or infinite, before it is saved."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        fail(f"the weights are no longer finite; lower --learning_rate. No model was written to {args.out}")
+
+
 def save_checkpoint(engine, args, step, run):
     """Writes <out>/checkpoint/step<step>; the checkpoint before it goes once this one is whole."""
+    check_weights(engine.module, args)
     folder = f"{args.out}/checkpoint"
     engine.save_checkpoint(folder, tag=f"step{step}", client_state={"step": step, "run": run})
     if dist.get_rank() == 0:
@@ -624,6 +655,7 @@ def save_checkpoint(engine, args, step, run):
 
 def save_model(lm, tokenizer, args):
     """Writes model and tokenizer beside their place in <out>, then moves each file there; on rank 0."""
+    check_weights(lm, args)
     if dist.get_rank() == 0:
         partial = f"{args.out}/partial"
         lm.save_pretrained(partial)

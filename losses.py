@@ -8,9 +8,9 @@ Plain functions of tensors. Copy this file into your project: it needs torch alo
     loss = drdo_loss(logps[:, 0], logps[:, 1], rewards[:, 0], rewards[:, 1], oracle_chosen, oracle_rejected).mean()
 
 Notation: x a prompt, y_w / y_l its chosen / rejected response, z = log pi(y|x) the *sum* of the log-probs of the
-response's tokens, EOS included (so z <= 0), sigma the logistic function. Every loss takes and returns one number per
-pair, shape (B,); reduction is the caller's. Half precision is computed in fp32, and a loss and its gradient are finite
-for every finite input. Tensors of unlike shapes raise RuntimeError where they do not broadcast.
+response's tokens, EOS included (so z <= 0), sigma the logistic function. A loss takes and returns one number per pair,
+shape (B,), and e-DPO's rewards as (K, B); reduction is the caller's. Shapes are not checked: (B, 1) beside (B,) would
+broadcast. Half precision is computed in fp32; losses and gradients are finite for inputs up to 1e15 in size.
 """
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,19 @@ def edpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     return errors.mean(0) if ensemble == "mean" else errors.amin(0)
 
 
+def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
+    """IPO (Azar et al. 2023, arXiv 2310.12036, Eq. 17): ([(z_w - z_l) - (z_w - z_l of pi_ref)] - 1 / (2 beta))^2.
+
+    Of summed log-probs, as the paper has it (TRL takes means over tokens: a beta does not carry over).
+
+    Args: log pi(y|x) of the policy and of the reference, each (B,).  Returns: (B,).
+    """
+    chosen_logps, rejected_logps = upcast(chosen_logps, rejected_logps)
+    ref_chosen_logps, ref_rejected_logps = upcast(ref_chosen_logps, ref_rejected_logps)
+    log_ratio = (chosen_logps - rejected_logps) - (ref_chosen_logps - ref_rejected_logps)
+    return (log_ratio - 1 / (2 * beta)) ** 2
+
+
 def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_rejected_rewards,
               oracle_chosen_rewards, oracle_rejected_rewards, alpha=0.1, gamma=2.0, preference_logits=None):
     """Eq. 6, DRDO: distil the Oracle's reward difference and learn the preference, without a reference model.
@@ -103,8 +116,8 @@ def distillation_loss(student_chosen_rewards, student_rejected_rewards,
 def contrastive_loss(chosen_logps, rejected_logps, gamma=2.0, preference_logits=None):
     """Eq. 6, second term without alpha: -(1 - p_w)^gamma log(pi(y_w|x) / (1 - pi(y_l|x))), p_w = sigma(z_w - z_l).
 
-    Args: summed log-probs (B,); preference_logits (B,), what p_w is the sigma of where it is read otherwise than as
-    printed: the difference of mean log-probs, or a detached one.  Returns: (B,).
+    Args: summed log-probs (B,); preference_logits (B,), to be read in place of z_w - z_l inside
+    sigma: the difference of mean log-probs, or a detached one.  Returns: (B,).
     """
     chosen_logps, rejected_logps = upcast(chosen_logps, rejected_logps)
     if preference_logits is None:

@@ -59,7 +59,7 @@ def parse_args():
     group.add_argument("--eval_rows", type=int, default=1000, help="evaluate on so many rows, --eval_data's first; 0: on all")
     group.add_argument("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
     group.add_argument("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
-    group.add_argument("--resume", action="store_true", help="go on from <out>/checkpoint, with the flags it began with")
+    group.add_argument("--resume", action="store_true", help="go on from <out>/checkpoint; repeat its run's flags")
     group.add_argument("--seed", type=int, default=0, help="order of the data")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
@@ -172,13 +172,15 @@ def main():
             dist.all_reduce(nll)
             log(args, step, {"loss": nll / int(response_tokens)}, epoch=step * args.batch_size / len(examples),
                 **speed(tokens, start, device), grad_norm=float(engine.get_global_grad_norm()),
-                learning_rate=args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps))
+                learning_rate=args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps),
+                skipped_steps=engine.skipped_steps)
             nll, tokens, response_tokens, start = torch.zeros((), device=device), 0, 0, time.time()
         if eval_examples and (step % args.eval_steps == 0 or step == max_steps):
             log(args, step, {"loss": mean_nll(engine.module, eval_examples, args.micro_batch_size, to_batch)}, "eval_")
             tokens, start = 0, time.time()
         if args.save_steps and step % args.save_steps == 0:
             save_checkpoint(engine, args, step, run)
+            tokens, start = 0, time.time()
     save_model(lm, tokenizer, args)
     dist.destroy_process_group()
 
@@ -350,6 +352,8 @@ def make_engine(model, args, device, max_steps):
                 model.parameters(), engine.gradient_clipping()))
             engine.enable_backward_allreduce = False
         return engine
+    except RuntimeError:  # out of memory, or NCCL's: not the file's fault
+        raise
     except Exception as error:
         fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json that "
              "stands beside this script")
@@ -366,18 +370,27 @@ def start_run(engine, args):
     """(step to start from, what the run is). Without --resume step 0; with it the last checkpoint's, whose weights and
     optimizer are loaded and behind which log.jsonl is cut off. Writes <out>/args.json."""
     with open(args.data, "rb") as file:
-        run = {**vars(args), "processes": dist.get_world_size(), "data_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        run = {**vars(args), "processes": dist.get_world_size(), "data_sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+               "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     step, lines = 0, []
     if args.resume:
+        if not os.path.exists(f"{args.out}/checkpoint/latest"):
+            fail(f"--resume: {args.out}/checkpoint holds no checkpoint; start without --resume")
         try:
             state = engine.load_checkpoint(f"{args.out}/checkpoint")[1]
             step, before = state["step"], state["run"]
-            with open(f"{args.out}/log.jsonl") as file:
-                lines = [line for line in file if json.loads(line)["step"] <= step]
+            with open(f"{args.out}/args.json") as args_file, open(f"{args.out}/log.jsonl") as log_file:
+                run["started"] = json.load(args_file)["started"]
+                lines = [line for line in log_file if json.loads(line)["step"] <= step]
         except Exception as error:
-            fail(f"--resume: cannot go on from {args.out}/checkpoint ({error!r:.200}); start without --resume")
+            fail(f"--resume: {args.out}/checkpoint, args.json or log.jsonl is damaged ({error!r:.200}); put back a copy, or "
+                 "start without --resume, which writes over them")
+        if run["started"] != before["started"]:
+            fail(f"--resume: {args.out}/checkpoint is of the run of {before['started']}, and that of {run['started']} has saved none; "
+                 "start without --resume")
+        may_change = "resume local_rank log_steps eval_steps save_steps micro_batch_size gradient_checkpointing".split()
         for name, value in run.items():
-            if name not in ("resume", "local_rank", "log_steps", "eval_steps", "save_steps") and value != before.get(name):
+            if name not in may_change and value != before.get(name):
                 fail(f"--resume: {name} was {before.get(name)} and is now {value}; go on with what the checkpoint's run began with")
     if dist.get_rank() == 0:
         versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
@@ -389,8 +402,8 @@ def start_run(engine, args):
 
 
 def log(args, step, metrics, prefix="", **figures):
-    """Appends a line to <out>/log.jsonl and shows the gist of it, on rank 0: each metric's mean over pairs (of the held-out
-    ones without those that are NaN for want of Oracle rewards), and the figures. Ends the run where the loss is lost."""
+    """Appends a line to <out>/log.jsonl and prints its main figures, on rank 0: each metric's mean over pairs (of the held-out
+    ones without those that are NaN for want of Oracle rewards), and the figures. Fails where the loss is not finite."""
     line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
                              if not (prefix and value.isnan().all())}, **figures}
     if not math.isfinite(line.get("loss", 0.0)):
@@ -409,8 +422,15 @@ def speed(tokens, start, device):
     return {"tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
 
 
+def check_weights(model, args):
+    """Fails where the last step has made a weight NaN or infinite, before it is saved."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        fail(f"the weights are no longer finite; lower --learning_rate. No model was written to {args.out}")
+
+
 def save_checkpoint(engine, args, step, run):
     """Writes <out>/checkpoint/step<step>; the checkpoint before it goes once this one is whole."""
+    check_weights(engine.module, args)
     folder = f"{args.out}/checkpoint"
     engine.save_checkpoint(folder, tag=f"step{step}", client_state={"step": step, "run": run})
     if dist.get_rank() == 0:
@@ -421,6 +441,7 @@ def save_checkpoint(engine, args, step, run):
 
 def save_model(lm, tokenizer, args):
     """Writes model and tokenizer beside their place in <out>, then moves each file there; on rank 0."""
+    check_weights(lm, args)
     if dist.get_rank() == 0:
         partial = f"{args.out}/partial"
         lm.save_pretrained(partial)

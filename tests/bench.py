@@ -9,7 +9,7 @@ fused AdamW. This is no test: it prints, and says which goals are met.
 It needs TRL, which nothing else here does, so give it an environment of its own:
 
     python -m venv bench_env && bench_env/bin/pip install -r requirements.txt trl==1.16.0
-    bench_env/bin/python tests/bench.py                                 # a small random Llama
+    bench_env/bin/python tests/bench.py                                 # a small random OPT
     bench_env/bin/python tests/bench.py --model SmolLM2-135M-Instruct   # a folder; half an hour on two cores, 16 GB
     bench_env/bin/python tests/bench.py --modes align --shapes 3:1 --steps 9 --profile
 
@@ -328,17 +328,17 @@ def write_data(folder, tokenizer, rows, batch_size=None):
 
 
 def make_small_model(folder):
-    """A random Llama of 14M parameters with the laboratory's tokenizer, for a run on any machine."""
+    """A random OPT of 16M parameters with the laboratory's tokenizer, for a run on any machine."""
     import torch
     import transformers
     import toy
     torch.manual_seed(0)
     tokenizer = toy.make_tokenizer()
-    config = transformers.LlamaConfig(
-        vocab_size=16384, hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5,
-        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    config = transformers.OPTConfig(
+        vocab_size=16384, hidden_size=320, word_embed_proj_dim=320, ffn_dim=1280, num_hidden_layers=8, num_attention_heads=5,
+        max_position_embeddings=2048, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
+    transformers.OPTForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -348,11 +348,11 @@ def main():
     modes = ["align", "in_the_loop", "losses", "oracle", "sft", "scoring", "generation"]
     parser.add_argument("--modes", nargs="+", default=modes, choices=modes, help="what to compare")
     parser.add_argument("--shapes", nargs="+", default=[*GOALS], choices=[*GOALS], help="prompt:response (align, oracle)")
-    parser.add_argument("--model", help="a model folder (default: a small random Llama)")
+    parser.add_argument("--model", help="a model folder (default: a small random OPT)")
     parser.add_argument("--data", help="preference JSONL for natural lengths (default: random words, lognormal lengths)")
     parser.add_argument("--batch_size", type=int, default=4, help="pairs a step, in one micro-batch")
     parser.add_argument("--steps", type=int, default=3, help="measured steps a side")
-    parser.add_argument("--rows", type=int, default=48, help="pairs to score, and prompts to answer")
+    parser.add_argument("--rows", type=int, default=64, help="pairs to score, and prompts to answer")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="of a generated response")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="OpenMP threads of a worker")
     parser.add_argument("--deepspeed_config", default="ds_config.json", help="ours")
@@ -432,11 +432,12 @@ def main():
         table.append(make_row("precompute_rewards.py, natural", other, results["ours"], results[other], args.rows, 0.6))
     if "generation" in args.modes:
         folder = data("natural", args.rows, None)
-        flags = ["--model", model, "--prompts", f"{folder}/pairs.jsonl", "--out", f"{folder}/generations.jsonl",
-                 "--temperature", 0.7, "--max_new_tokens", args.max_new_tokens, "--micro_batch_size", 8]
-        results = alternate({"ours": (run_ours, "generate", flags), other: (
-            run_plain_generation, model, f"{folder}/ids.jsonl", 8, args.max_new_tokens)}, home)
-        table.append(make_row("generate.py, natural", other, results["ours"], results[other], args.rows, 0.6))
+        for size in 8, 32:  # 32 is its default
+            flags = ["--model", model, "--prompts", f"{folder}/pairs.jsonl", "--out", f"{folder}/generations.jsonl",
+                     "--temperature", 0.7, "--max_new_tokens", args.max_new_tokens, "--micro_batch_size", size]
+            results = alternate({"ours": (run_ours, "generate", flags), other: (
+                run_plain_generation, model, f"{folder}/ids.jsonl", 8, args.max_new_tokens)}, home)
+            table.append(make_row(f"generate.py, {size} a batch, natural", other, results["ours"], results[other], args.rows, 0.6))
 
     print(f"\n{os.path.basename(model)}, {args.threads} threads, {batch} pairs a step, {args.steps} steps a side, "
           f"{(time.time() - start) / 60:.0f} minutes\n\n"

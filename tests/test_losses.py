@@ -39,6 +39,11 @@ def exact_dpo(zw, zl, ref_w, ref_l, beta):
     return -log_sigma(beta * ((zw - zl) - (ref_w - ref_l)))
 
 
+@exact
+def exact_ipo(zw, zl, ref_w, ref_l, beta):
+    return ((zw - zl) - (ref_w - ref_l) - 1 / (2 * beta)) ** 2
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_losses_agree_with_400_digit_arithmetic(dtype, tolerance):
     zw, zl = torch.tensor(LOGPS, dtype=dtype).T
@@ -51,6 +56,7 @@ def test_losses_agree_with_400_digit_arithmetic(dtype, tolerance):
         torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
 
     check(losses.dpo_loss(zw, zl, ref_w, ref_l, beta=0.3), exact_dpo, zw, zl, ref_w, ref_l, [0.3] * len(zw))
+    check(losses.ipo_loss(zw, zl, ref_w, ref_l, beta=0.3), exact_ipo, zw, zl, ref_w, ref_l, [0.3] * len(zw))
     for alpha in (0.0, 0.01, 1.0):
         check(losses.oracle_loss(rw, rl, zw, alpha), exact_oracle, rw, rl, zw, [alpha] * len(zw))
     for gamma in (0.0, 0.5, 2.0, 5.0):
@@ -78,13 +84,15 @@ def test_log1mexp(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
 def test_values_and_gradients_are_finite_everywhere(dtype, gamma):
-    """Log-probs from 0 to -5000 in all combinations (margins to +-5000), pi(y_l) = 1 among them."""
+    """Log-probs from 0 to -1e15 (half precision's: -5000) in all combinations, pi(y_l) = 1 among them."""
     edges = [0.0, -1e-30, -1e-9, -1e-7, -1e-4, -0.5, -0.6931, -0.7, -1.0, -20.0, -100.0, -2000.0, -5000.0]
+    edges += [-1e8, -1e15] if dtype.itemsize > 2 else []
     zw, zl = torch.tensor(list(itertools.product(edges, edges)), dtype=dtype).T
     leaves = [x.clone().requires_grad_() for x in (zw, zl, zl / 4, zw / 4)]
     zw, zl, a, b = leaves
     for loss in (losses.drdo_loss(zw, zl, a, b, b, a, alpha=1.0, gamma=gamma), losses.dpo_loss(zw, zl, b, a),
-                 losses.edpo_loss(zw, zl, b, a, a[None], b[None]), losses.oracle_loss(a, b, zw, alpha=0.5)):
+                 losses.ipo_loss(zw, zl, b, a), losses.edpo_loss(zw, zl, b, a, a[None], b[None]),
+                 losses.oracle_loss(a, b, zw, alpha=0.5)):
         assert loss.shape == zw.shape and loss.dtype == torch.promote_types(dtype, torch.float32)
         assert loss.isfinite().all()
         grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)

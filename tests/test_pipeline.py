@@ -151,6 +151,17 @@ def test_resuming_is_bitwise_the_run_that_was_not_interrupted(lab, tmp_path):
     error = run(*flags, "--out", tmp_path, "--resume", "--beta", 0.5, expect=2)
     assert "beta was 0.1 and is now 0.5" in error
 
+    run(*flags, "--out", tmp_path, "--resume", "--micro_batch_size", 2, "--gradient_checkpointing")  # as out of memory asks for
+    assert read_log(tmp_path) == pytest.approx(log, rel=1e-5)
+    run(*flags, "--out", tmp_path, "--max_steps", 1)
+    error = run(*flags, "--out", tmp_path, "--resume", expect=2)
+    assert "checkpoint is of the run of" in error
+
+
+def test_weights_that_are_not_finite_are_not_saved(lab, tmp_path):
+    error = run(*align_flags(lab, "dpo"), "--max_steps", 1, "--learning_rate", 1e39, "--out", tmp_path, expect=2)
+    assert "weights are no longer finite" in error and not (tmp_path / "model.safetensors").exists()
+
 
 def test_scores_and_generations_do_not_depend_on_the_number_of_processes(lab, tmp_path):
     generate = ["generate.py", "--model", lab / "sft", "--prompts", lab / "validation.jsonl", "--temperature", 0, 0.9,
@@ -187,6 +198,7 @@ BAD = {  # what is wrong -> (the row written as line 3, the flags, what the one 
     "no rewards": ("", ["--loss", "edpo", "--oracle_rewards", ""], ["--loss edpo", "--oracle_rewards"]),
     "no model": ("", ["--model", "nowhere"], ["nowhere", "tokenizer"]),
     "no batch": ("", ["--batch_size", "7", "--micro_batch_size", "2"], ["--batch_size 7"]),
+    "two lengths": ("", ["--max_steps", "9", "--epochs", "2"], ["--max_steps", "--epochs"]),
 }
 
 
