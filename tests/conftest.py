@@ -20,10 +20,9 @@ def run(script, *flags, processes=0, expect=0):
         port = 20000 + os.getpid() % 10000
         command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(port),
                    str(ROOT / script)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the launcher starts `python3` by name
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     done = subprocess.run(command + [str(flag) for flag in flags], capture_output=True, text=True, cwd=ROOT,
-                          env={**alone, "OMP_NUM_THREADS": "1", "PATH": path})
+                          env={**alone, "OMP_NUM_THREADS": "1"})
     assert done.returncode == expect, f"{script} {flags} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stderr
 

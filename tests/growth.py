@@ -22,11 +22,10 @@ sys.path[:0] = [str(ROOT / "tests")]
 
 def measure(command, **environment):
     """Runs a program in the scripts' folder; returns (its standard output, its CPU seconds, its peak resident MB)."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the launcher starts `python3` by name
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=errors, cwd=ROOT,
-                                   env={**alone, "OMP_NUM_THREADS": "1", "PATH": path, **environment})
+                                   env={**alone, "OMP_NUM_THREADS": "1", **environment})
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = status  # else Popen would wait for it again
         output.seek(0), errors.seek(0)
