@@ -258,7 +258,8 @@ def encode_pairs(tokenizer, rows, max_length, path):
             pairs.append([np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)])
             kept.append(number)
     if not pairs:
-        fail(f"{path}: all {len(rows)} pairs have more than --max_length {max_length} tokens; raise it")
+        fail(f"{path}: all {len(rows)} pairs have more than --max_length {max_length} tokens (or the model's positions); raise "
+             "it")
     if dist.get_rank() == 0:
         print(f"{path}: {len(pairs)} pairs, {len(rows) - len(pairs)} over --max_length {max_length} tokens dropped")
     return pairs, np.array(kept)

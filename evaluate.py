@@ -188,7 +188,15 @@ def ask(model, messages, cache_path):
             try:
                 chat = [{"role": "user", "content": message}]
                 reply = client.chat.completions.create(model=model, messages=chat, temperature=0)
-                answer = reply.choices[0].message.content or ""
+                answer = reply.choices[0].message.content
+                if not answer:
+                    raise ValueError("an empty answer")
+            except openai.BadRequestError as error:
+                # this request's own fault, a content filter's say; where none was ever answered, the judge's
+                tqdm.write(f"{model}: {' '.join(str(error).split())}")
+                if not answers:
+                    errors.append(" ".join(str(error).split()))
+                return
             except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
                 errors.append(" ".join(str(error).split()))  # the API's, or no chat completion came back
                 tqdm.write(f"{model}: {errors[-1]}")
@@ -220,7 +228,7 @@ def judge_outcomes(pairs, rows, model, cache_path):
         return JUDGE_PROMPT.format(prompt=prompt, reference=reference, a=a, b=b)
 
     def verdict(answer):  # 1: A, 0: B
-        line = r"^\W*preferred\W+(?:response )?(A|B|tie)\W*$"
+        line = r"^[\W_]*preferred[\W_]+(?:response[\W_]+)?(A|B|tie)[\W_]*$"
         found = re.findall(line, answer or "", re.IGNORECASE | re.MULTILINE)
         return {"a": 1, "b": 0, "tie": 0.5}[found[-1].lower()] if found else np.nan
 
@@ -432,11 +440,14 @@ def main(argv=None):
     keys = list(zip(prompts, (float(row["temperature"]) for row in rows), groups))
 
     # pairs of row indices, for each policy and opponent
-    taken = np.random.default_rng(args.seed).permutation(len(numbering))[:args.num_prompts or None]
-    taken, members, notes, meetings = set(taken.tolist()), defaultdict(list), [], {}
+    sides = defaultdict(set)  # who answered each prompt
+    for prompt, row in zip(prompts, rows):
+        sides[prompt].add((row["generator"], "copy_of" in row))
+    drawn = [prompt for prompt in np.random.default_rng(args.seed).permutation(len(numbering)) if len(sides[prompt]) > 1]
+    taken, members, notes, meetings = set(drawn[:args.num_prompts] if args.num_prompts else prompts), defaultdict(list), [], {}
     for k, row in enumerate(rows):
         if prompts[k] in taken:
-            members[row["generator"], k >= size].append(k)  # True: the references of that generator's rows
+            members[row["generator"], "copy_of" in row].append(k)  # True: the references of that generator's rows
     for policy in policies:
         for opponent in opponents:
             left = members[policy, False]
@@ -447,7 +458,7 @@ def main(argv=None):
             alone = len(left) - len(pairs), len(right) - len(pairs)
             if any(alone):
                 notes.append(f"{policy} against {opponent}: {alone[0]} and {alone[1]} rows are left out: no "
-                             "partner of the same prompt and temperature")
+                             "partner of the same prompt, temperature and group")
     if not meetings:
         fail("no two responses to compare; give policies with the same prompts and temperatures, or "
              "--against reference and rows that carry `reference`")
@@ -456,7 +467,7 @@ def main(argv=None):
     words = [len(row["response"].split()) for row in rows]
     facts = {"prompt": np.array(prompts), "words": np.array(words, float)}
     for name in ("tokens", "eos"):
-        values = [row.get(name) if k < size else None for k, row in enumerate(rows)]
+        values = [None if "copy_of" in row else row.get(name) for row in rows]
         facts[name] = np.array([v if isinstance(v, (int, float)) else np.nan for v in values], float)
     oracles = outcome_of = None
     if args.judge:
@@ -467,11 +478,16 @@ def main(argv=None):
         facts["reward"] = call_reward_fn(args.reward_fn, rows, places)
     else:
         paths = args.rewards or [os.path.join(os.path.dirname(data), "rewards.pt") for data in files]
+        if len(set(paths)) < len(paths):
+            fail("--generations: several files in one folder, whose rewards.pt scores one of them; give precompute_rewards.py "
+                 "an --out for each, and name those after --rewards")
         if len(paths) != len(files):
             fail(f"{len(paths)} --rewards for {len(files)} --generations; give one for each, in order")
         rewards = []
         for path, data in zip(paths, files):
-            values, names = read_rewards(path, data, *files[data], bool(copied))
+            start = sum(len(part[0]) for part in rewards)
+            with_reference = any(start <= k < start + files[data][1] for k in copied)
+            values, names = read_rewards(path, data, *files[data], with_reference)
             if rewards and names != oracles:
                 fail(f"{path}: scored by {names}, but {paths[0]} by {oracles}; score all by the same")
             rewards, oracles = rewards + [values], names

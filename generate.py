@@ -10,7 +10,7 @@ Out:  <model>/generations.jsonl, a row for each prompt and temperature, in promp
     deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      # greedy
 
 A prompt that stands in several rows is taken once. Batches hold prompts of similar length and draw from a seed of
-their own, so the text does not depend on the number of processes (on --micro_batch_size it does).
+their own, so the text does not depend on the number of processes (on the batches and the list of temperatures it does).
 """
 import argparse
 import json
@@ -109,6 +109,7 @@ def main():
     kept.sort(key=lambda i: -len(prompts[i]))
     micro_batches = [kept[i:i + args.micro_batch_size] for i in range(0, len(kept), args.micro_batch_size)]
     tasks = list(enumerate((temperature, micro) for micro in micro_batches for temperature in args.temperature))
+    tasks.sort(key=lambda task: task[1][0])  # so that every process gets its share of each temperature
     written = []  # ((prompt, temperature), row)
     for number, (temperature, micro) in tqdm(tasks[rank::world_size], f"generating, {args.generator}", disable=rank > 0):
         torch.manual_seed(args.seed * 1_000_003 + number)
@@ -116,7 +117,10 @@ def main():
                            tokenizer.pad_token_id, ends, device)
         for i, (ids, ended) in zip(micro, results):
             row = {name: value for name, value in rows[i].items() if name not in ("chosen", "rejected")}
-            row.update(response=tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            response = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if tokenizer.chat_template and isinstance(row["prompt"], str) and not row["prompt"][-1].isspace():
+                response = " " + response  # as in a preference file, where prompt + response is the text
+            row.update(response=response,
                        temperature=temperature, generator=args.generator, tokens=len(ids), eos=ended)
             written.append(((i, temperature), row))
 

@@ -110,7 +110,7 @@ def main():
         max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
         fits = [i for i, text in enumerate(ids) if len(text) <= max_length]
         if not fits:
-            fail(f"{args.data}: every row has more than --max_length {max_length} tokens; raise it")
+            fail(f"{args.data}: every row has more than --max_length {max_length} tokens (or the model's positions); raise it")
         scores = torch.full((len(ids),), math.nan)
         scores[fits] = score(model, [ids[i] for i in fits], tokenizer.pad_token_id, args.micro_batch_size, device, folder)
         if scores[fits].isnan().any():
@@ -125,7 +125,7 @@ def main():
         os.replace(args.out + ".partial", args.out)
         scored = torch.stack([rewards[key] for key in keys if key != "reference"]).isfinite().all(0).all(0)  # (N,)
         print(f"{args.out}: rewards of {len(rows)} rows by {len(args.oracle)} oracles, {int((~scored).sum())} rows over "
-              f"--max_length {args.max_length} tokens (NaN)")
+              f"--max_length {args.max_length} tokens, or the model's positions (NaN)")
         for k, folder in enumerate(args.oracle):
             if keys[0] == "chosen":
                 margins = (rewards["chosen"] - rewards["rejected"])[k, scored]

@@ -80,7 +80,7 @@ def load_split(path, tokenizer, max_length, limit=0):
         if len(prompt) + len(response) <= max_length:
             examples.append([np.array(ids, dtype=np.int32) for ids in (prompt, response)])
     if not examples:
-        fail(f"{path}: all {len(rows)} rows have more than --max_length {max_length} tokens; raise it")
+        fail(f"{path}: all {len(rows)} rows have more than --max_length {max_length} tokens (or the model's positions); raise it")
     if dist.get_rank() == 0:
         print(f"{path}: {len(examples)} rows, {len(rows) - len(examples)} over --max_length {max_length} tokens dropped")
     return examples

@@ -10,8 +10,8 @@ SFT sets into data/sft/{train,validation}.jsonl; prompt sets, for generate.py, i
 In: the hub's sets named in HUB, and local .json, .jsonl, .jsonl.gz and .parquet files, told apart by their
 columns (SCHEMAS).
 Out: a row a line: `prompt` (plain text, or a list of {"role", "content"} messages) and the response `chosen`;
-in pairs also `rejected`, `edit_distance` (0-1) and, where the set has one, `confidence`. Whatever else a row
-carries that is in this form already travels along. A response to a plain-text prompt starts with one space
+in pairs also `rejected`, `edit_distance` (0-1) and, where the set has one, `confidence`. Other keys of rows
+that are in this form already are kept. A response to a plain-text prompt starts with one space
 (none if the prompt ends in white space), so prompt + response is the text; one to messages starts with none.
 
 hc_he has the pairs above both medians, of confidence and of edit distance; lc_le those below both (a pair on
@@ -19,9 +19,10 @@ a median is in neither). The medians are those of all/train.
 
 Where the paper leaves a choice, or we differ from it:
 - Validation is split off by prompt, not by row: a prompt is held out where a hash of the seed and its text
-  falls below --validation_fraction. So it lands on the same side in every set and every call with that seed.
+  falls below --validation_fraction. So it lands on the same side in every set and every call with that seed
+  and fraction. What a validation split of any set holds is no training prompt of another.
 - A validation split that a set brings along is all/validation; hc_he and lc_le come from its train rows. The
-  prompts held out for them leave all/train and sft/train too, or an Oracle trained on D_all would have seen
+  prompts held out for them leave all/train and sft/train too; else an Oracle trained on D_all would have seen
   hc_he's validation pairs, and the SFT model their human summaries: a tenth of the train rows goes.
   For trl-lib's UltraFeedback and HH, which have no validation split, it is `test`.
 - Edit distance is Levenshtein's over whitespace tokens, divided by the longer response's length. The paper's
@@ -294,6 +295,9 @@ def read_set(name, prompts=False):
 # ---- splitting and writing
 
 def hashable(prompt):
+    """The prompt as text; a lone user's message is the same prompt as its text."""
+    if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
+        prompt = prompt[0]["content"]
     return prompt if isinstance(prompt, str) else json.dumps(prompt)
 
 
@@ -323,16 +327,16 @@ def with_confidence(rows):
     return kept
 
 
-def make_splits(kind, rows, fraction, seed):
-    """{"train", "validation"} rows -> (train, held out of train, validation), each in the seed's order."""
+def make_splits(kind, rows, own, fraction, seed):
+    """{"train", "validation"} rows -> (train, held out of train, validation), each in the seed's order; `own` are the prompts of
+    the validation splits that the sets of either kind bring along."""
     for split in rows.values():
         random.Random(seed).shuffle(split)
-    own = {hashable(row["prompt"]) for row in rows["validation"]}
     fresh = [row for row in rows["train"] if hashable(row["prompt"]) not in own]
     train, held = hold_out(fresh, fraction, seed)
     if own:
-        print(f"{kind} with a validation split: of {len(rows['train']):,} train rows, {len(held):,} held out "
-              f"by prompt, {len(rows['train']) - len(fresh):,} dropped as validation has their prompt")
+        print(f"{kind}: of {len(rows['train']):,} train rows, {len(held):,} held out by prompt, "
+              f"{len(rows['train']) - len(fresh):,} dropped as a validation split has their prompt")
     if not train:
         fail(f"--dataset: the {kind} leave no training rows; give more, or a smaller --validation_fraction")
     return train, held, rows["validation"] or held
@@ -401,7 +405,8 @@ def main():
                        help="preference and SFT sets: hub ids or files. Those of a kind are put together; "
                             "preference sets must share a schema, as confidences differ in scale")
     group.add_argument("--prompts", nargs="+", default=[], metavar="NAME_OR_FILE",
-                       help="sets with prompts to answer; of a hub set its test split, where it has one. "
+                       help="sets with prompts to answer; of a hub set its test split, where it has one (else "
+                            "what --dataset trains on: name data/all/validation.jsonl instead). "
                             "`reference` is the set's answer, of a pair the chosen one")
     group = parser.add_argument_group("output")
     group.add_argument("--out", default="data", help="folder to write to (default: %(default)s)")
@@ -437,13 +442,14 @@ def main():
         fail(f"--dataset: preference sets of several schemas ({', '.join(sorted(schemas))}); "
              "split each in a call and an --out of its own")
 
+    own = {hashable(row["prompt"]) for kind in (pairs, sft) for row in kind["validation"]}
     files = {}  # all of them are made before the first is written
     if schemas:
-        splits = make_splits("preference sets", with_confidence(pairs), args.validation_fraction, args.seed)
+        splits = make_splits("preference sets", with_confidence(pairs), own, args.validation_fraction, args.seed)
         for name, halves in preference_splits(*splits).items():
             files |= {f"{name}/{split}.jsonl": rows for split, rows in halves.items()}
     if any(sft.values()):
-        train, _, validation = make_splits("SFT sets", sft, args.validation_fraction, args.seed)
+        train, _, validation = make_splits("SFT sets", sft, own, args.validation_fraction, args.seed)
         files |= {"sft/train.jsonl": train, "sft/validation.jsonl": validation}
     for name, label in zip(args.prompts, labels):
         files[f"prompts/{label}.jsonl"] = prompt_set(name, label, args.num_prompts, args.seed)

@@ -105,7 +105,7 @@ def test_partners_are_of_the_same_prompt_temperature_and_group(tmp_path, capsys)
     inside = figures["us", "them", "set in", 0.2]  # in file order 1 : 1 and 2 : 5
     assert (inside["wins"], inside["ties"], inside["losses"], inside["reward_difference"]) == (0, 1, 1, -1.5)
     assert figures["us", "them", "set out", 0.2]["reward_difference"] == 4.0
-    note = "us against them: 1 and 2 rows are left out: no partner of the same prompt and temperature"
+    note = "us against them: 1 and 2 rows are left out: no partner of the same prompt, temperature and group"
     assert held["left_out"] == [note] and note in capsys.readouterr().out
 
 
@@ -152,6 +152,23 @@ def test_reward_function(tmp_path, capsys):
     figures, _ = run(tmp_path, *flags, f"{code}:reward")
     figures = figures["us", "reference", "all", 0.5]  # 3 - 1 : 2, 1 : 2
     assert (figures["ties"], figures["losses"], figures["win_rate"]) == (1, 1, 0.25)
+
+
+def test_num_prompts_are_drawn_where_there_is_a_partner(tmp_path):
+    rows = [row("us", f"p{k}") for k in range(40)] + [row("them", f"p{k}") for k in range(35, 40)]
+    data, rewards = write(tmp_path / "g.jsonl", rows, [list(range(45))])
+    figures, _ = run(tmp_path, "--generations", data, "--rewards", rewards, "--num_prompts", 5)
+    assert figures["us", "them", "all", 0.5]["n"] == 5
+
+
+def test_a_file_without_references_stands_beside_one_with(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    rows = [row("us", prompt, reference="r") for prompt in "pq"]
+    ours, our_rewards = write(tmp_path / "a/generations.jsonl", rows, [[1.0, 3.0]], [[2.0, 2.0]])
+    theirs, their_rewards = write(tmp_path / "b/generations.jsonl", [row("them", "p"), row("them", "q")], [[0.0, 0.0]])
+    files = ["--generations", theirs, ours, "--rewards", their_rewards, our_rewards]
+    figures, _ = run(tmp_path, *files, "--against", "reference", "them")
+    assert figures["us", "reference", "all", 0.5]["wins"] == 1 and figures["us", "them", "all", 0.5]["wins"] == 2
 
 
 def test_num_prompts_takes_whole_prompts(tmp_path):
@@ -354,6 +371,30 @@ def test_a_request_that_fails_for_good_is_left_out_and_asked_again(judged):
         assert figures["us", "them", "all", 0.5]["n"] == 4 and len(judge.prompts) == 8
         figures, _ = judged(judge, PAIRS, "--against", "them")
         assert figures["us", "them", "all", 0.5]["n"] == 5 and len(judge.prompts) == 9
+
+
+def test_refused_requests_do_not_stop_a_judge_that_answers(judged):
+    many = [row(name, f"p{k}", name * k) for name in ("us", "them") for k in range(1, 13)]
+    with Judge(longer) as judge:
+        judged(judge, PAIRS, "--against", "them")
+    with Judge(longer, statuses=[400] * 24) as judge:  # a content filter's, say; all that is left to ask
+        figures, held = judged(judge, PAIRS + many, "--against", "them")
+    assert figures["us", "them", "all", 0.5]["n"] == 5
+    assert held["left_out"] == ["us against them: 12 pairs are left out: no verdict"]
+
+
+def test_empty_answers_are_asked_again(judged):
+    with Judge(lambda a, b: "") as judge, pytest.raises(SystemExit):
+        judged(judge, PAIRS, "--against", "them")
+    with Judge(longer) as judge:
+        assert judged(judge, PAIRS, "--against", "them")[0]["us", "them", "all", 0.5]["n"] == 5
+
+
+@pytest.mark.parametrize("answer", ["_Preferred: A_", "**Preferred: response_A**", "preferred - A."])
+def test_verdicts_in_other_dress(judged, answer):
+    with Judge(lambda a, b: answer if a == "good" else "Preferred: B") as judge:
+        figures, _ = judged(judge, [row("us", "p", "good"), row("them", "p", "bad")])
+    assert figures["us", "them", "all", 0.5]["wins"] == 1
 
 
 def test_verdict_needs_both_orders(judged):

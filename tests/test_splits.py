@@ -252,6 +252,20 @@ def test_sft_sets_share_prompts_and_held_out_prompts_with_the_pairs(tmp_path):
     assert not (tmp_path / "none/sft/validation.jsonl").exists()
 
 
+def test_a_validation_split_of_one_kind_is_no_training_data_of_the_other(tmp_path):
+    """Prompts of a preference set's own validation split leave sft/train, as message or as text; a lone user's message lands on
+    the side of its text."""
+    raw = [comparison(number, 5) for number in range(60)] + [comparison(number, 5, "valid1") for number in range(20)]
+    run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw))
+    held, kept = ([row["prompt"] for row in read(tmp_path / f"data/all/{split}.jsonl")] for split in ("validation", "train"))
+    posts = [f"SUBREDDIT: r/gardens\n\nTITLE: Title {n}\n\nPOST: Post {n} of train.\nMore.\n\nTL;DR:" for n in range(60)]
+    own = [{"prompt": [{"role": "user", "content": prompt}], "chosen": f"Answer {k}."} for k, prompt in enumerate(held + posts)]
+    run(tmp_path, "--dataset", tmp_path / "raw.jsonl", write(tmp_path / "sft.jsonl", own))
+    train = {row["prompt"][0]["content"] for row in read(tmp_path / "data/sft/train.jsonl")}
+    assert len(held) == 20 and not train & set(held)
+    assert train == set(kept) < set(posts)
+
+
 def test_the_space_before_a_response(tmp_path):
     turns = [{"role": "user", "content": "Talk"}]
     raw = [{"prompt": prompt, "chosen": "\n yes\n", "rejected": "no ", "reference": "  r"}
