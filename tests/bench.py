@@ -9,7 +9,7 @@ fused AdamW. This is no test: it prints, and says which goals are met.
 It needs TRL, which nothing else here does, so give it an environment of its own:
 
     python -m venv bench_env && bench_env/bin/pip install -r requirements.txt trl==1.16.0
-    bench_env/bin/python tests/bench.py                                 # a small random OPT; minutes on two cores
+    bench_env/bin/python tests/bench.py                                 # a small random OPT; six minutes on two cores
     bench_env/bin/python tests/bench.py --model SmolLM2-135M-Instruct --modes align in_the_loop oracle   # 40 minutes, 18 GB
     bench_env/bin/python tests/bench.py --modes align --shapes natural --data data/all/train.jsonl
     bench_env/bin/python tests/bench.py --modes align --shapes 3:1 --steps 9 --profile
@@ -352,7 +352,7 @@ def main():
     parser.add_argument("--model", help="a model folder (default: a small random OPT)")
     parser.add_argument("--data", help="preference JSONL for natural lengths (default: random words, lognormal lengths)")
     parser.add_argument("--batch_size", type=int, default=4, help="pairs a step, in one micro-batch")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps a side")
+    parser.add_argument("--steps", type=int, default=7, help="measured steps a side")
     parser.add_argument("--rows", type=int, default=64, help="pairs to score, and prompts to answer")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="of a generated response")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="OpenMP threads of a worker")
