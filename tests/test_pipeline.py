@@ -41,6 +41,13 @@ def lab(tmp_path_factory):
     return lab
 
 
+def run_on_one_and_two(flags, one, two, *more):
+    """Runs a stage on one process, writing `one`, and beside it on two, writing `two`."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, *flags, "--out", one), pool.submit(run, *flags, *more, "--out", two, processes=2)]
+        [done.result() for done in runs]
+
+
 def align_flags(lab, loss, rewards="rewards.pt"):
     return ["align.py", "--loss", loss, "--model", lab / "sft", "--data", lab / "train.jsonl", "--eval_data",
             lab / "validation.jsonl", "--oracle_rewards", lab / rewards, *TRAINING, "--learning_rate", 1e-3]
@@ -132,8 +139,7 @@ def test_one_process_and_two_give_the_same_losses(lab, tmp_path, script):
                  *TRAINING, "--learning_rate", 1e-3]
     else:
         flags = align_flags(lab, script, "ensemble.pt" if script == "edpo" else "rewards.pt")
-    run(*flags, "--max_steps", 10, "--out", tmp_path / "one")
-    run(*flags, "--max_steps", 10, "--out", tmp_path / "two", processes=2)
+    run_on_one_and_two([*flags, "--max_steps", 10], tmp_path / "one", tmp_path / "two")
     for key in ("loss", "grad_norm"):
         one, two = read_log(tmp_path / "one", key), read_log(tmp_path / "two", key)
         assert len(one) == 10 and two == pytest.approx(one, rel=1e-4)
@@ -166,12 +172,10 @@ def test_weights_that_are_not_finite_are_not_saved(lab, tmp_path):
 def test_scores_and_generations_do_not_depend_on_the_number_of_processes(lab, tmp_path):
     generate = ["generate.py", "--model", lab / "sft", "--prompts", lab / "validation.jsonl", "--temperature", 0, 0.9,
                 "--max_new_tokens", 12, "--micro_batch_size", 5]
-    run(*generate, "--out", tmp_path / "one.jsonl")
-    run(*generate, "--out", tmp_path / "two.jsonl", processes=2)
+    run_on_one_and_two(generate, tmp_path / "one.jsonl", tmp_path / "two.jsonl")
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
     score = ["precompute_rewards.py", "--oracle", lab / "oracle", "--data", tmp_path / "one.jsonl"]
-    run(*score, "--out", tmp_path / "one.pt")
-    run(*score, "--out", tmp_path / "two.pt", "--micro_batch_size", 3, processes=2)
+    run_on_one_and_two(score, tmp_path / "one.pt", tmp_path / "two.pt", "--micro_batch_size", 3)
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     torch.testing.assert_close(one["response"], two["response"], rtol=1e-5, atol=1e-6)
 
