@@ -1,6 +1,6 @@
 """How time and memory grow: with the rows of a data set, before a run's first step, and with the vocabulary.
 
-    python tests/growth.py                        # all three: Markdown tables; about 15 minutes on a quiet machine
+    python tests/growth.py                        # all three: Markdown tables; six minutes on two quiet cores
     python tests/growth.py --modes vocabulary
 
 The scripts run as they are, each in a process of its own, one thread; CPU seconds and peak resident memory are the
