@@ -545,14 +545,14 @@ def make_engine(model, args, device, max_steps):
         with open(args.deepspeed_config) as file:
             config = json.load(file)
         config.update(train_batch_size=args.batch_size, train_micro_batch_size_per_gpu=args.micro_batch_size,
-                      steps_per_print=2**31)
+                      steps_per_print=2**31, gradient_clipping=float(config.get("gradient_clipping", 0)))
         if device.type == "cpu":
             config["bf16"] = {"enabled": False}  # 3 times slower than fp32 there
         if config["zero_optimization"]["stage"] not in (1, 2):  # 3 leaves no whole model to read a head from, or to save
             raise ValueError("zero_optimization.stage must be 1 or 2")
         alone = device.type == "cpu" and dist.get_world_size() == 1
         if alone:  # nothing to share out, and the weights are fp32 as they are: ZeRO would only copy weights and gradients
-            config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": config.get("gradient_clipping") or math.inf}
+            config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": config["gradient_clipping"] or math.inf}
         engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
         if alone:  # DeepSpeed's own clipping, which forgets the norm, and no all-reduce
             engine.clip_fp32_gradients = lambda: setattr(optimizer, "_global_grad_norm", torch.nn.utils.clip_grad_norm_(
@@ -592,21 +592,25 @@ def start_run(engine, args):
         if not os.path.exists(f"{args.out}/checkpoint/latest"):
             fail(f"--resume: {args.out}/checkpoint holds no checkpoint; start without --resume")
         try:
-            state = engine.load_checkpoint(f"{args.out}/checkpoint")[1]
-            step, before = state["step"], state["run"]
-            with open(f"{args.out}/args.json") as args_file, open(f"{args.out}/log.jsonl") as log_file:
-                run["started"] = json.load(args_file)["started"]
-                lines = [line for line in log_file if json.loads(line)["step"] <= step]
+            with open(f"{args.out}/args.json") as file:
+                before = dict(json.load(file))
         except Exception as error:
-            fail(f"--resume: {args.out}/checkpoint, args.json or log.jsonl is damaged ({error!r:.200}); put back a copy, or "
-                 "start without --resume, which writes over them")
-        if run["started"] != before["started"]:
-            fail(f"--resume: {args.out}/checkpoint is of the run of {before['started']}, and that of {run['started']} has saved none; "
-                 "start without --resume")
-        may_change = "resume local_rank log_steps eval_steps save_steps micro_batch_size gradient_checkpointing".split()
+            fail(f"--resume: {args.out}/args.json is damaged ({error!r:.200}); put back a copy, or start without --resume")
+        may_change = "resume local_rank log_steps eval_steps save_steps micro_batch_size gradient_checkpointing started".split()
         for name, value in run.items():
             if name not in may_change and value != before.get(name):
-                fail(f"--resume: {name} was {before.get(name)} and is now {value}; go on with what the checkpoint's run began with")
+                fail(f"--resume: {name} was {before.get(name)} and is now {value}; go on with what the run began with")
+        try:
+            state = engine.load_checkpoint(f"{args.out}/checkpoint")[1]
+            step, run["started"] = state["step"], state["run"]["started"]
+            with open(f"{args.out}/log.jsonl") as file:
+                lines = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        except Exception as error:
+            fail(f"--resume: {args.out}/checkpoint or log.jsonl is damaged ({error!r:.200}); put back a copy, or start without "
+                 "--resume, which writes over them")
+        if before.get("started") != run["started"]:
+            fail(f"--resume: {args.out}/checkpoint is of the run of {run['started']}, and that of {before.get('started')} has "
+                 "saved none; start without --resume")
     if dist.get_rank() == 0:
         versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
         for name, text in ("args.json", json.dumps({**run, "versions": versions}, indent=2)), ("log.jsonl", "".join(lines)):
@@ -622,6 +626,7 @@ def log(args, step, metrics, prefix="", **figures):
     line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
                              if not (prefix and value.isnan().all())}, **figures}
     if not math.isfinite(line.get("loss", 0.0)):
+        print(file=sys.stderr)  # ends the bar's line
         fail(f"step {step}: the loss is {line['loss']}; lower --learning_rate. {args.out}/checkpoint, if any, is as it was")
     if dist.get_rank() == 0:
         with open(f"{args.out}/log.jsonl", "a") as file:
@@ -640,6 +645,7 @@ def speed(tokens, start, device):
 def check_weights(model, args):
     """Fails where the last step has made a weight NaN or infinite, before it is saved."""
     if not all(weight.isfinite().all() for weight in model.parameters()):
+        print(file=sys.stderr)  # ends the bar's line
         fail(f"the weights are no longer finite; lower --learning_rate. No model was written to {args.out}")
 
 

@@ -440,25 +440,27 @@ def main(argv=None):
     keys = list(zip(prompts, (float(row["temperature"]) for row in rows), groups))
 
     # pairs of row indices, for each policy and opponent
-    sides = defaultdict(set)  # who answered each prompt
-    for prompt, row in zip(prompts, rows):
-        sides[prompt].add((row["generator"], "copy_of" in row))
-    drawn = [prompt for prompt in np.random.default_rng(args.seed).permutation(len(numbering)) if len(sides[prompt]) > 1]
-    taken, members, notes, meetings = set(drawn[:args.num_prompts] if args.num_prompts else prompts), defaultdict(list), [], {}
+    members, notes, meetings = defaultdict(list), [], {}
     for k, row in enumerate(rows):
-        if prompts[k] in taken:
-            members[row["generator"], "copy_of" in row].append(k)  # True: the references of that generator's rows
+        members[row["generator"], "copy_of" in row].append(k)  # True: the references of that generator's rows
     for policy in policies:
         for opponent in opponents:
-            left = members[policy, False]
             right = members[policy, True] if opponent == "reference" else members[opponent, False]
-            pairs = match(left, right, keys)
-            if pairs and policy != opponent:
-                meetings[policy, opponent] = pairs
-            alone = len(left) - len(pairs), len(right) - len(pairs)
-            if any(alone):
-                notes.append(f"{policy} against {opponent}: {alone[0]} and {alone[1]} rows are left out: no "
-                             "partner of the same prompt, temperature and group")
+            if policy != opponent:
+                meetings[policy, opponent] = match(members[policy, False], right, keys)
+    if args.num_prompts:  # of those that somebody meets somebody on
+        met = {prompts[i] for pairs in meetings.values() for i, _ in pairs}
+        order = np.random.default_rng(args.seed).permutation(len(numbering))
+        taken = set([prompt for prompt in order if prompt in met][:args.num_prompts])
+        members = defaultdict(list, {name: [k for k in many if prompts[k] in taken] for name, many in members.items()})
+        meetings = {names: [pair for pair in pairs if prompts[pair[0]] in taken] for names, pairs in meetings.items()}
+    for (policy, opponent), pairs in meetings.items():
+        right = members[policy, True] if opponent == "reference" else members[opponent, False]
+        alone = len(members[policy, False]) - len(pairs), len(right) - len(pairs)
+        if any(alone):
+            notes.append(f"{policy} against {opponent}: {alone[0]} and {alone[1]} rows are left out: no "
+                         "partner of the same prompt, temperature and group")
+    meetings = {names: pairs for names, pairs in meetings.items() if pairs}
     if not meetings:
         fail("no two responses to compare; give policies with the same prompts and temperatures, or "
              "--against reference and rows that carry `reference`")

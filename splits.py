@@ -177,6 +177,8 @@ def clean(row):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
         prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
+        if not all(isinstance(text, str) for message in prompt for text in message.values()):
+            raise TypeError("a message's role or content is not text")
     last = prompt[-1]["content"] if isinstance(prompt, list) and prompt else prompt
     if not last or not last.strip():
         return "with an empty prompt"

@@ -462,6 +462,10 @@ def terms(out, seeds, cell, pairs=480):
             world, split, data, oracle_rewards = places(home, cell)
             setting = METHODS.get(name, ("", "", ""))[2].replace(" ", "").replace("--", "_")
             folder = f"{home}/sft" if name == "sft" else f"{world}/{split}_{cell['oracle']}_{cell['steps']}/{name}{setting}"
+            if not os.path.isdir(folder):
+                print(f"error: {folder}: no policy there; train it first, by python tests/lab.py --cells ... without --terms",
+                      file=sys.stderr)
+                sys.exit(2)
             tokenizer = align.load_tokenizer(folder)
             lm = align.load_model(folder, tokenizer.pad_token_id)
             torch.manual_seed(seed)

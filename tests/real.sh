@@ -11,7 +11,8 @@
 set -euo pipefail
 usage="bash tests/real.sh MODEL PAIRS.jsonl.gz AMBIGUOUS.jsonl.gz JUDGE.jsonl.gz"
 [ $# -eq 4 ] || { echo "error: four arguments are needed: $usage" >&2; exit 2; }
-for path in "$@"; do [ -e "$path" ] || { echo "error: $path: there is no such file or folder; $usage" >&2; exit 2; }; done
+[ -d "$1" ] || { echo "error: MODEL $1: there is no such folder; $usage" >&2; exit 2; }
+for path in "${@:2}"; do [ -f "$path" ] || { echo "error: $path: there is no such file; $usage" >&2; exit 2; }; done
 model=$(realpath "$1") pairs=$(realpath "$2") ambiguous=$(realpath "$3") judge=$(realpath "$4")
 cd "$(dirname "$0")/.."
 out=${OUT:-out/real} seed=${SEED:-0} length=112 batch=8 rate=5e-5 sft_steps=24 oracle_steps=48 steps=16

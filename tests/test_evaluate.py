@@ -159,6 +159,10 @@ def test_num_prompts_are_drawn_where_there_is_a_partner(tmp_path):
     data, rewards = write(tmp_path / "g.jsonl", rows, [list(range(45))])
     figures, _ = run(tmp_path, "--generations", data, "--rewards", rewards, "--num_prompts", 5)
     assert figures["us", "them", "all", 0.5]["n"] == 5
+    rows += [row("base", f"p{k}") for k in range(34)]  # many meet it, but nobody is set against it
+    data, rewards = write(tmp_path / "h.jsonl", rows, [list(range(79))])
+    figures, _ = run(tmp_path, "--generations", data, "--rewards", rewards, "--num_prompts", 3, "--against", "them")
+    assert figures["us", "them", "all", 0.5]["n"] == 3
 
 
 def test_a_file_without_references_stands_beside_one_with(tmp_path):

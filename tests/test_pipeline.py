@@ -150,16 +150,20 @@ def test_resuming_is_bitwise_the_run_that_was_not_interrupted(lab, tmp_path):
     run(*flags, "--out", tmp_path)
     weights, log = load_file(tmp_path / "model.safetensors"), read_log(tmp_path)
     os.remove(tmp_path / "model.safetensors")
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # as a machine that stops may leave it
     run(*flags, "--out", tmp_path, "--resume")
     assert read_log(tmp_path) == log
     resumed = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     error = run(*flags, "--out", tmp_path, "--resume", "--beta", 0.5, expect=2)
     assert "beta was 0.1 and is now 0.5" in error
+    error = run(*flags, "--out", tmp_path, "--resume", processes=2, expect=2)
+    assert "processes was 1 and is now 2" in error
 
     run(*flags, "--out", tmp_path, "--resume", "--micro_batch_size", 2, "--gradient_checkpointing")  # as out of memory asks for
     assert read_log(tmp_path) == pytest.approx(log, rel=1e-5)
-    run(*flags, "--out", tmp_path, "--max_steps", 1)
+    run(*flags, "--out", tmp_path, "--save_steps", 0)
     error = run(*flags, "--out", tmp_path, "--resume", expect=2)
     assert "checkpoint is of the run of" in error
 
