@@ -65,8 +65,9 @@ def parse_args():
                             "policy's own at the start, which is no longer reference-free")
     group.add_argument("--p_w", choices=["sum", "mean"], default="sum", help="drdo: p_w of summed or of mean log-probs")
     group.add_argument("--detach_focal", action="store_true", help="drdo: no gradient through (1 - p_w)^gamma, as Appendix A.5")
-    group.add_argument("--oracle_scale", type=float, default=1.0, help="drdo, edpo: multiplies the Oracle's rewards; 1 / the std that "
-                       "precompute_rewards.py prints gives distillation the same weight whatever the Oracle")
+    group.add_argument("--oracle_scale", type=float, default=1.0,
+                       help="drdo, edpo: multiplies the Oracle's rewards; 1 / the std that precompute_rewards.py prints gives "
+                            "distillation the same weight whatever the Oracle")
     group.add_argument("--nll_coef", type=float, default=0.0, help="adds so much of -log pi(y_w|x), summed, to any loss")
     group = parser.add_argument_group("data and model")
     group.add_argument("--model", default="out/sft", help="the SFT policy: a folder or a hub name")

@@ -480,7 +480,7 @@ def main(argv=None):
         facts["reward"] = call_reward_fn(args.reward_fn, rows, places)
     else:
         paths = args.rewards or [os.path.join(os.path.dirname(data), "rewards.pt") for data in files]
-        if len(set(paths)) < len(paths):
+        if not args.rewards and len(set(paths)) < len(paths):
             fail("--generations: several files in one folder, whose rewards.pt scores one of them; give precompute_rewards.py "
                  "an --out for each, and name those after --rewards")
         if len(paths) != len(files):

@@ -573,7 +573,8 @@ def main():
     parser.add_argument("--choose", action="store_true", help=f"try every method's settings, on seeds {CHOOSING_SEEDS} (or --seeds)")
     parser.add_argument("--terms", action="store_true", help="print the sizes of Eq. 6's terms on policies that are there")
     parser.add_argument("--seeds", type=int, nargs="+", help=f"each its own data and base LM (default: {SEEDS})")
-    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS), metavar="CELL", help=f"of {', '.join(CELLS)}")
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), metavar="CELL",
+                        help=f"of {', '.join(CELLS)} (default: all; with --terms clean_all)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=f"only these, of {', '.join(METHODS)}")
     parser.add_argument("--workers", type=int, default=2, help="seeds at a time, a thread each")
     args = parser.parse_args()
@@ -582,12 +583,12 @@ def main():
         tried = [method for method in METHODS if METHODS[method][3] and method in (args.methods or METHODS)]
         return choose(args.out, args.seeds or CHOOSING_SEEDS, args.workers, tried)
     if args.terms:
-        for name in args.cells if len(args.cells) < len(CELLS) else ["clean_all"]:
+        for name in args.cells or ["clean_all"]:
             print(f"\n## {name}\n")
             terms(args.out, args.seeds or SEEDS, CELLS[name])
         return
     cells = {name: CELLS[name] | {"methods": [m for m in CELLS[name]["methods"] if m in (args.methods or METHODS)]}
-             for name in args.cells}
+             for name in args.cells or CELLS}
     runs = run(args.out, args.seeds or SEEDS, cells, {method: [METHODS[method][2]] for method in METHODS}, args.workers)
     results = {name: judge(cells[name], {method: many for (method, _), many in runs[name].items()})
                for name in tqdm(runs, "judging")}

@@ -165,6 +165,11 @@ def test_num_prompts_are_drawn_where_there_is_a_partner(tmp_path):
     assert figures["us", "them", "all", 0.5]["n"] == 3
 
 
+def test_two_files_of_one_folder_need_their_rewards_named(tmp_path, capsys):
+    files = [write(tmp_path / f"{name}.jsonl", [row(name, "p")], [[0.0]])[0] for name in ("us", "them")]
+    assert "several files in one folder" in refused(capsys, tmp_path, "--generations", *files)
+
+
 def test_a_file_without_references_stands_beside_one_with(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     rows = [row("us", prompt, reference="r") for prompt in "pq"]

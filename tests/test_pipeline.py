@@ -197,6 +197,21 @@ def test_scores_and_generations_do_not_depend_on_the_number_of_processes(lab, tm
         assert (response[-1] == tokenizer.eos_token_id) == row["eos"]
 
 
+def test_a_chat_templates_answers_to_text_begin_with_a_space(lab, tmp_path):
+    """As in a preference file, where prompt + response is the text; answers to messages do not. HF's own greedy decoding."""
+    tokenizer, model = AutoTokenizer.from_pretrained(lab / "sft"), AutoModelForCausalLM.from_pretrained(lab / "sft")
+    tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path), model.save_pretrained(tmp_path)
+    text = json.loads(open(lab / "validation.jsonl").readline())["prompt"]
+    toy.write_jsonl(str(tmp_path / "prompts.jsonl"), [{"prompt": text}, {"prompt": [{"role": "user", "content": text}]}])
+    run("generate.py", "--model", tmp_path, "--prompts", tmp_path / "prompts.jsonl", "--temperature", 0, "--max_new_tokens", 9)
+    ids = torch.tensor([[tokenizer.bos_token_id] + tokenizer(text, add_special_tokens=False).input_ids])
+    output = model.generate(ids, max_new_tokens=9, do_sample=False)[0, ids.shape[1]:]
+    answer = tokenizer.decode(output, skip_special_tokens=True)
+    responses = [json.loads(line)["response"] for line in open(tmp_path / "generations.jsonl")]
+    assert answer and responses == [" " + answer, answer]
+
+
 BAD = {  # what is wrong -> (the row written as line 3, the flags, what the one line must say)
     "a missing file": (None, ["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
     "no JSON": ('{"prompt": "a"', [], ["bad.jsonl, line 3", "not JSON"]),
