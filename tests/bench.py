@@ -442,7 +442,7 @@ def main():
         tokenizer.save_pretrained(f"{home}/scorer")
         flags = ["--oracle", f"{home}/scorer", "--data", f"{folder}/pairs.jsonl", "--out", f"{folder}/rewards.pt"]
         results = alternate({"ours": (run_ours, "precompute_rewards", [*flags, "--micro_batch_size", 8]),
-                             other: (run_plain_scoring, f"{home}/scorer", f"{folder}/ids.jsonl", 8)}, home)
+                             other: (run_plain_scoring, f"{home}/scorer", f"{folder}/ids.jsonl", 8)}, home, profile=args.profile)
         table.append(make_row("precompute_rewards.py, natural", other, results["ours"], results[other], args.rows, 0.6))
     if "generation" in args.modes:
         folder = data("natural", args.rows, None)
@@ -450,7 +450,7 @@ def main():
             flags = ["--model", model, "--prompts", f"{folder}/pairs.jsonl", "--out", f"{folder}/generations.jsonl",
                      "--temperature", 0.7, "--max_new_tokens", args.max_new_tokens, "--micro_batch_size", size]
             results = alternate({"ours": (run_ours, "generate", flags), other: (
-                run_plain_generation, model, f"{folder}/ids.jsonl", 8, args.max_new_tokens)}, home)
+                run_plain_generation, model, f"{folder}/ids.jsonl", 8, args.max_new_tokens)}, home, profile=args.profile)
             table.append(make_row(f"generate.py, {size} a batch, natural", other, results["ours"], results[other], args.rows, 0.6))
 
     print(f"\n{os.path.basename(model)}, {args.threads} threads, {batch} pairs a step, {args.steps} steps a side, "
