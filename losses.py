@@ -3,9 +3,9 @@ the two readouts of a causal LM's last hidden state that they need, a response's
 
 Plain functions of tensors. Copy this file into your project: it needs torch alone.
 
-    logps = response_logps(hidden, lm_head, input_ids, segments, previous)                     # (B, 2)
-    rewards = last_token_rewards(hidden, score_weight, last)                                   # (B, 2)
-    loss = drdo_loss(logps[:, 0], logps[:, 1], rewards[:, 0], rewards[:, 1], oracle_chosen, oracle_rejected).mean()
+    logps = response_logps(hidden, lm_head, input_ids, segments)  # (B, 2)
+    rewards = last_token_rewards(hidden, score_weight, last)      # (B, 2)
+    loss = drdo_loss(*logps.unbind(1), *rewards.unbind(1), oracle_chosen, oracle_rejected).mean()
 
 Notation: x a prompt, y_w / y_l its chosen / rejected response, z = log pi(y|x) the *sum* of the log-probs of the
 response's tokens, EOS included (so z <= 0), sigma the logistic function. A loss takes and returns one number per pair,
@@ -142,26 +142,27 @@ def log1mexp(x):
 # ---- readouts of the last hidden state --------------------------------------------------------------------------
 
 
-def response_logps(hidden, lm_head, input_ids, segments, previous, num_responses=2, max_logits=2**26):
-    """log pi(y|x) of the responses that a batch of rows holds, the log-probs of their tokens summed.
+def response_logps(hidden, lm_head, input_ids, segments, num_responses=2, max_logits=2**26):
+    """log pi(y|x) of the responses in a batch of rows: the sum of the log-probs of each response's tokens.
 
-    A row is a prompt and the responses to it, one behind the other. Only positions that predict a response token meet
-    the vocabulary. Past `max_logits` of their logits (2^26: 256 MiB in fp32, four times that at the backward pass's
-    peak), they are made in chunks and made again in the backward pass, so that memory does not grow with tokens x
-    vocabulary.
+    A row is a prompt without its last token, then one segment a response. A segment is a copy of the prompt's last
+    token, then the response. So the hidden state on the left of a token predicts it, also at a response's first
+    token. The copies themselves are not scored.
+
+    Only positions that predict a response token meet the vocabulary. Where that makes more than `max_logits`
+    logits (2^26: 256 MiB in fp32), they are made in chunks, and made again in the backward pass. Memory then does
+    not grow with tokens x vocabulary.
 
     Args:
         hidden: (B, T, H), the last hidden states, after the final norm.
         lm_head: the Linear from H to V.
         input_ids: (B, T).
-        segments: (B, T), 0 at prompt tokens, 1 at the first response's, 2 at the second's, ..., -1 at padding.
-        previous: (B, T), for each response token the position that predicts it: one to its left, but for the first
-            token of a response the last position of the prompt.
+        segments: (B, T), 0 in the prompt, 1 in the first response's segment, 2 in the second's, -1 in padding.
     Returns: (B, num_responses), fp32 at least; 0 where a row has no such response.
     """
-    row, column = (segments > 0).nonzero(as_tuple=True)  # (N,) each: the batch's response tokens
-    states = hidden[row, previous[row, column]]  # (N, H)
-    tokens = input_ids[row, column]  # (N,)
+    scored = (segments[:, 1:] > 0) & (segments[:, 1:] <= num_responses) & (segments[:, 1:] == segments[:, :-1])
+    row, column = scored.nonzero(as_tuple=True)  # (N,) each; column is the left neighbour's position
+    states, tokens = hidden[row, column], input_ids[row, column + 1]  # (N, H), (N,)
     chunk = max(1, max_logits // lm_head.weight.shape[0])
     if len(tokens) <= chunk:
         logps = token_logps(states, lm_head, tokens)  # (N,)

@@ -4,21 +4,22 @@ In:   a causal LM, data/all/train.jsonl (prompt, chosen, rejected)
 Out:  out/oracle/: model and tokenizer (the head inside, as score.weight), args.json, log.jsonl, checkpoint/
 
     deepspeed oracle.py                                              # the Oracle: alpha 0.01
-    for k in 1 2 3; do deepspeed oracle.py --alpha 0 --seed $k --out out/reward_model_$k; done     # e-DPO's ensemble, Eq. 2
+    for k in 1 2 3; do deepspeed oracle.py --alpha 0 --seed $k --out out/reward_model_$k; done  # e-DPO's ensemble, Eq. 2
     deepspeed --num_gpus 2 oracle.py --model facebook/opt-1.3b --gradient_checkpointing
 
-The folder loads as AutoModelForCausalLM and as AutoModelForSequenceClassification, with equal rewards. The reward is
-read at the response's EOS. The seed draws the head and the order of the data, so members of an ensemble differ in both.
+The way of one pair: read_jsonl -> read_pairs (encode_prompt, encode_response) -> collate -> PairModel (pair_mask,
+losses.response_logps, losses.last_token_rewards) -> loss_and_metrics (losses.py) -> engine.backward, engine.step.
 
-One row holds a pair, [prompt | chosen | rejected]; see align.py, which lays it out alike.
+The folder loads as AutoModelForCausalLM and as AutoModelForSequenceClassification, with equal rewards. The reward is
+read at the response's EOS. The seed draws the head and the order of the data: members of an ensemble differ in both.
 
 Where the paper leaves a choice: the LM term log(y_w) is summed over the response's tokens, as Eq. 5 prints it
-(--lm_term mean averages it); the model starts from the SFT policy; the head is drawn from N(0, 1/(H+1)).
+(--lm_term mean averages it). The model starts from the SFT policy. The head is drawn from N(0, 1/(H+1)).
 """
 import argparse
 import functools
+import glob
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -27,7 +28,9 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import islice
 
 import deepspeed
 import numpy as np
@@ -43,242 +46,198 @@ from losses import last_token_rewards, oracle_loss, response_logps
 def parse_args():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
-    group = parser.add_argument_group("method")
-    group.add_argument("--alpha", type=float, default=0.01, help="Eq. 5's weight of the LM term; 0 is Eq. 2")
-    group.add_argument("--lm_term", choices=["sum", "mean"], default="sum", help="log(y_w) over the response's tokens")
-    group = parser.add_argument_group("data and model")
-    group.add_argument("--model", default="out/sft", help="where the Oracle starts: a folder or a hub name")
-    group.add_argument("--data", default="data/all/train.jsonl", help="preference JSONL to train on")
-    group.add_argument("--eval_data", default="data/all/validation.jsonl", help="held-out preference JSONL; '' for none")
-    group.add_argument("--out", default="out/oracle", help="folder to write")
-    group.add_argument("--max_length", type=int, default=1024, help="drop pairs whose prompt + response has more tokens")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size", type=int, default=64, help="pairs an optimizer step, over all processes")
-    group.add_argument("--micro_batch_size", type=int, default=8, help="pairs a forward pass, on one process")
-    group.add_argument("--learning_rate", type=float, default=1e-5, help="peak, after warm-up; then cosine to 0")
-    group.add_argument("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
-    group.add_argument("--warmup_steps", type=int, default=100, help="linear warm-up")
-    group.add_argument("--epochs", type=float, default=1.0, help="passes over the data, where --max_steps is 0")
-    group.add_argument("--max_steps", type=int, default=0, help="optimizer steps, in place of --epochs; 0: by --epochs")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
-    group.add_argument("--deepspeed_config", default="ds_config.json", help="ZeRO stage, bf16 (off on a CPU), clipping")
-    group = parser.add_argument_group("logging and checkpoints")
-    group.add_argument("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
-    group.add_argument("--eval_rows", type=int, default=1000, help="evaluate on so many rows, --eval_data's first; 0: on all")
-    group.add_argument("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
-    group.add_argument("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
-    group.add_argument("--resume", action="store_true", help="go on from <out>/checkpoint; repeat its run's flags")
-    group.add_argument("--seed", type=int, default=0, help="initialisation of the head and order of the data")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    flag = parser.add_argument_group("method").add_argument
+    flag("--alpha", type=float, default=0.01, help="Eq. 5's weight of the LM term; 0 is Eq. 2")
+    flag("--lm_term", choices=["sum", "mean"], default="sum", help="log(y_w) over the response's tokens")
+    flag = parser.add_argument_group("data and model").add_argument
+    flag("--model", default="out/sft", help="where the Oracle starts: a folder or a hub name")
+    flag("--data", default="data/all/train.jsonl", help="preference JSONL to train on")
+    flag("--eval_data", default="data/all/validation.jsonl", help="held-out preference JSONL; '' for none")
+    flag("--out", default="out/oracle", help="folder to write")
+    flag("--max_length", type=int, default=1024, help="drop pairs whose prompt + response has more tokens")
+    flag = parser.add_argument_group("optimisation").add_argument
+    flag("--batch_size", type=int, default=64, help="pairs an optimizer step, over all processes")
+    flag("--micro_batch_size", type=int, help="pairs a forward pass, on one process (default: 8, or the next divisor)")
+    flag("--learning_rate", type=float, default=1e-5, help="peak, after warm-up; then cosine to 0")
+    flag("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
+    flag("--warmup_steps", type=int, help="linear warm-up (default: a tenth of the run, at most 100)")
+    flag("--max_steps", type=int, help="optimizer steps (default: what --epochs takes)")
+    flag("--epochs", type=float, help="passes over the data, in place of --max_steps (default: 1)")
+    flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
+    flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, bf16 (off on a CPU), clipping")
+    flag = parser.add_argument_group("logging and checkpoints").add_argument
+    flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
+    flag("--eval_rows", type=int, default=1000, help="evaluate on the first rows of --eval_data, so many; 0: on all")
+    flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
+    flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
+    flag("--resume", action="store_true", help="go on from <out>/checkpoint; repeat its run's flags")
+    flag("--seed", type=int, default=0, help="initialisation of the head and order of the data")
+    flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
-    check_flags(args, args.out, "alpha", "weight_decay", "warmup_steps", "max_steps", "save_steps", "eval_rows", "seed", "local_rank")
+    check_flags(args, "alpha", "weight_decay", "warmup_steps", "save_steps", "eval_rows")
     if args.alpha > 1:
         fail(f"--alpha {args.alpha}: it weighs the LM term against the rest; give a number from 0 to 1")
+    args.epochs = args.epochs or (None if args.max_steps else 1.0)
     return args
-
-
-# ---- the loss ---------------------------------------------------------------------------------------------------------
-
-
-def loss_and_metrics(args, logps, rewards, lengths):
-    """Eq. 5 of each pair, (B,), and what is logged of each pair, a dict of (B,).
-
-    logps, rewards: log pi(y|x) and rewards of (chosen, rejected), (B, 2); lengths: tokens of chosen, (B,).
-    """
-    lm_term = logps[:, 0] / lengths if args.lm_term == "mean" else logps[:, 0]
-    loss = oracle_loss(rewards[:, 0], rewards[:, 1], lm_term, args.alpha)
-    margins = rewards[:, 0] - rewards[:, 1]
-    metrics = {"loss": loss, "loss/bradley_terry": oracle_loss(rewards[:, 0], rewards[:, 1], None, alpha=0),
-               "rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1],
-               "rewards/accuracies": (margins > 0).float(), "rewards/margins": margins}
-    if args.alpha:
-        metrics["logps/chosen"] = logps[:, 0]
-    return loss, {name: value.detach() for name, value in metrics.items()}
-
-
-# ---- a pair in one row ------------------------------------------------------------------------------------------------
-
-
-def collate(pairs, pad_token_id, device):
-    """A batch of rows [prompt | chosen | rejected], padded right: what PairModel takes, integer tensors.
-
-    Returns input_ids, position_ids, segments, previous: (B, T), and last: (B, 2). Positions of both responses go on
-    from the prompt's. `segments` is 0 in the prompt, 1 in chosen, 2 in rejected, -1 in padding; `previous` the position
-    whose hidden state predicts a token; `last` the positions of the two EOS.
-    """
-    width = max(sum(map(len, pair)) for pair in pairs)
-    shape = (len(pairs), width)
-    input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
-    position_ids, previous, last = np.zeros(shape, int), np.zeros(shape, int), np.zeros((len(pairs), 2), int)
-    for i, (prompt, chosen, rejected) in enumerate(pairs):
-        p, c, r = len(prompt), len(chosen), len(rejected)
-        input_ids[i, :p + c + r] = np.concatenate([prompt, chosen, rejected])
-        segments[i, :p + c + r] = np.repeat([0, 1, 2], [p, c, r])
-        position_ids[i, :p + c + r] = np.concatenate([np.arange(p + c), np.arange(p, p + r)])
-        previous[i, 1:] = np.arange(width - 1)
-        previous[i, p + c] = p - 1  # the first rejected token follows the prompt, not chosen's EOS
-        last[i] = p + c - 1, p + c + r - 1
-    batch = dict(input_ids=input_ids, position_ids=position_ids, segments=segments, previous=previous, last=last)
-    return {name: torch.as_tensor(array, device=device) for name, array in batch.items()}
-
-
-def pair_mask(segments):
-    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column): causal, and of the two responses
-    each sees the prompt and itself. Padding sees padding, for a query with no key at all is NaN."""
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    query, key = segments[:, :, None], segments[:, None, :]
-    return (causal & ((key == 0) | (key == query)))[:, None]
-
-
-class PairModel(torch.nn.Module):
-    """A causal LM (with a reward head `score`, or without) that scores both responses of a pair in one row."""
-
-    def __init__(self, lm):
-        super().__init__()
-        self.lm = lm
-
-    def forward(self, input_ids, position_ids, segments, previous, last, scored=2):
-        """(logps, rewards) of (chosen, rejected), (B, 2) each: log-probs of the first `scored` responses only, 0 for the
-        others; rewards is None without a head."""
-        hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=pair_mask(segments),
-                                    use_cache=False).last_hidden_state  # (B, T, H)
-        logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids,
-                               segments.where(segments <= scored, 0), previous)
-        rewards = last_token_rewards(hidden, self.lm.score.weight, last) if hasattr(self.lm, "score") else None
-        return logps, rewards
-
-
-@torch.no_grad()
-def check_layout(model, batch, folder):
-    """Fails where the model's own forward, on prompt + response alone, gives a pair other log-probs than one row does:
-    a model that ignores 4D masks, scales its logits, or slides a window shorter than prompt + response. `batch` has one pair."""
-    logps, _ = model(**batch)
-    tolerance = 1e-3 if next(model.parameters()).dtype.itemsize >= 4 else 0.05  # a token; bf16 keeps 8 bits
-    for number, logp in enumerate(logps[0], 1):
-        prompt, response = batch["input_ids"][batch["segments"] == 0], batch["input_ids"][batch["segments"] == number]
-        logits = model.lm(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
-        own = logits.float().log_softmax(-1).gather(-1, response[:, None]).sum()
-        if not abs(own - logp) <= tolerance * len(response):  # NaN too
-            fail(f"{folder}: log pi(y|x) of a response is {own:.2f} by the model's own forward and {logp:.2f} in a row of "
-                 "pairs; this model type cannot be trained here, or not with this --max_length")
-
-
-# ---- data -------------------------------------------------------------------------------------------------------------
-
-
-def encode_pairs(tokenizer, rows, max_length, path):
-    """(pairs, kept): token ids (prompt, chosen, rejected) of the rows that fit in max_length, and their row numbers."""
-    pairs, kept = [], []
-    for number, row in enumerate(tqdm(rows, "tokenising", disable=dist.get_rank() > 0)):
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        chosen, rejected = encode_response(tokenizer, row["chosen"]), encode_response(tokenizer, row["rejected"])
-        if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
-            pairs.append([np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)])
-            kept.append(number)
-    if not pairs:
-        fail(f"{path}: all {len(rows)} pairs have more than --max_length {max_length} tokens (or the model's positions); raise "
-             "it")
-    if dist.get_rank() == 0:
-        print(f"{path}: {len(pairs)} pairs, {len(rows) - len(pairs)} over --max_length {max_length} tokens dropped")
-    return pairs, np.array(kept)
-
-
-def batches(lengths, batch_size, seed):
-    """Endless optimizer batches, arrays of row numbers: each a random sample of its epoch, longest row first, so that
-    micro-batches cut from it hold rows of similar length."""
-    for epoch in itertools.count():
-        order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
-        for batch in order[:len(order) // batch_size * batch_size].reshape(-1, batch_size):
-            yield batch[np.argsort(-lengths[batch], kind="stable")]
-
-
-# ---- training ---------------------------------------------------------------------------------------------------------
 
 
 def main():
     args = parse_args()
     device, rank, world_size = init_process()
-    args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // world_size))
-    if args.batch_size % (args.micro_batch_size * world_size):
-        fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x {world_size} "
-             "processes")
+    torch.manual_seed(args.seed)
 
     # ---- model and data
-    torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
-    lm = load_model(args.model, tokenizer.pad_token_id)
+    tokenizer, lm = load_model(args.model)
     args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
-    keys = "prompt", "chosen", "rejected"
-    pairs, _ = encode_pairs(tokenizer, read_jsonl(args.data, *keys), args.max_length, args.data)
-    eval_pairs = []
-    if args.eval_data:
-        eval_pairs, _ = encode_pairs(tokenizer, read_jsonl(args.eval_data, *keys)[:args.eval_rows or None], args.max_length,
-                                     args.eval_data)
-    if len(pairs) < args.batch_size:
-        fail(f"{args.data}: {len(pairs)} pairs are fewer than --batch_size {args.batch_size}; lower it")
-    lengths = np.array([sum(map(len, pair)) for pair in pairs])
-    max_steps = args.max_steps or max(1, int(args.epochs * len(pairs) / args.batch_size))
-    if rank == 0:
-        print(f"{max_steps} steps of {args.batch_size}: {max_steps * args.batch_size / len(pairs):.2f} epochs, "
-              f"{args.warmup_steps} steps of warm-up")
+    pairs, _ = read_pairs(args.data, tokenizer, args.max_length)
+    eval_pairs = read_pairs(args.eval_data, tokenizer, args.max_length, args.eval_rows)[0] if args.eval_data else []
+    row_tokens = np.array([sum(map(len, pair)) for pair in pairs])  # (N,)
+    chosen_tokens, eval_chosen_tokens = (torch.tensor([len(chosen) for _, chosen, _ in split])  # (N,), EOS included
+                                         for split in (pairs, eval_pairs))
+    steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
+    max_steps = len(steps)
 
-    # ---- head and engine
-    add_head(lm)
+    # ---- model, optimizer, engine
+    lm.score = reward_head(lm)  # inside the LM, so that it is saved with it
+    lm.config.num_labels = 1
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine = make_engine(PairModel(lm), args, device, max_steps)
+    model = PairModel(lm, lm.score)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
+                                   {"params": vectors, "weight_decay": 0.0}], lr=args.learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (  # warm-up, then a cosine to 0
+        (step + 1) / args.warmup_steps if step < args.warmup_steps else
+        0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
+                                  config=deepspeed_config(args, device, optimizer))[0]
     to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
-    check_layout(engine.module, to_batch([pairs[lengths.argmax()]]), args.model)
-    step, run = start_run(engine, args)
+    check_layout(lm, pairs[row_tokens.argmax()], to_batch, args)
+    state = start_run(engine, args)  # with --resume the last checkpoint's
 
     # ---- training
-    scored = 1 if args.alpha else 0  # only the chosen response has an LM term
+    num_logps = 1 if args.alpha else 0  # Eq. 5 takes log pi of the chosen response alone
     window, tokens, start = [], 0, time.time()
-    steps = itertools.islice(batches(lengths, args.batch_size, args.seed), step, max_steps)
-    for batch in tqdm(steps, "oracle", initial=step, total=max_steps, disable=rank > 0):
-        for micro in batch.reshape(-1, world_size, args.micro_batch_size)[:, rank]:
-            inputs = to_batch([pairs[i] for i in micro])
-            logps, rewards = engine(**inputs, scored=scored)
-            loss, metrics = loss_and_metrics(args, logps, rewards, (inputs["segments"] == 1).sum(1))
+    bar = tqdm(steps[state["step"]:], "oracle", initial=state["step"], total=max_steps, disable=rank > 0)
+    for step, rows in enumerate(bar, state["step"] + 1):
+        learning_rate = optimizer.param_groups[0]["lr"]
+        for micro in rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]:
+            logps, rewards = engine(**to_batch([pairs[i] for i in micro]), num_logps=num_logps)
+            loss, metrics = loss_and_metrics(args, logps, rewards, chosen_tokens[micro].to(device))
             engine.backward(loss.mean())
-            engine.step()
+            engine.step()  # the weights move after the step's last micro-batch
             window.append(metrics)
-        step += 1
-        tokens += lengths[batch].sum()
+        tokens += row_tokens[rows].sum()
 
-        if step == 1 or step % args.log_steps == 0 or step == max_steps:
-            log(args, step, gather(window), epoch=step * args.batch_size / len(pairs), **speed(tokens, start, device),
-                grad_norm=float(engine.get_global_grad_norm()),
-                learning_rate=args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps),
-                skipped_steps=engine.skipped_steps)
+        if step in (1, max_steps) or any(n and step % n == 0 for n in (args.log_steps, args.eval_steps, args.save_steps)):
+            log(args, step, gather(window), epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
+                **engine_figures(engine, tokens, start))
+            if eval_pairs and (step % args.eval_steps == 0 or step == max_steps):
+                scores = score_all(model, eval_pairs, args, to_batch, "evaluating")
+                log(args, step, loss_and_metrics(args, *scores, eval_chosen_tokens)[1], "eval_")
+            if args.save_steps and step % args.save_steps == 0:
+                save_checkpoint(engine, args, state | {"step": step})
             window, tokens, start = [], 0, time.time()
-        if eval_pairs and (step % args.eval_steps == 0 or step == max_steps):
-            logps, rewards = score_all(engine.module, eval_pairs, args.micro_batch_size, to_batch, "evaluating")
-            chosen_lengths = torch.tensor([len(chosen) for _, chosen, _ in eval_pairs])
-            log(args, step, loss_and_metrics(args, logps, rewards, chosen_lengths)[1], "eval_")
-            tokens, start = 0, time.time()
-        if args.save_steps and step % args.save_steps == 0:
-            save_checkpoint(engine, args, step, run)
-            tokens, start = 0, time.time()
     save_model(lm, tokenizer, args)
     dist.destroy_process_group()
 
 
-def add_head(lm):
-    """Gives the LM a linear reward head `score`, as AutoModelForSequenceClassification has it: one folder loads as both."""
-    width = lm.get_output_embeddings().weight.shape[1]  # OPT's hidden states leave it projected to this width
-    lm.score = torch.nn.Linear(width, 1, bias=False)
-    torch.nn.init.normal_(lm.score.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, arXiv 2009.01325
-    lm.config.num_labels = 1
+def loss_and_metrics(args, logps, rewards, chosen_tokens):
+    """Eq. 5 of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l is rejected.
+
+    logps: log pi(y|x), the chosen response's first, (B, 1 or 2). rewards: of (w, l), (B, 2). chosen_tokens: (B,).
+    """
+    reward_w, reward_l = rewards.unbind(1)
+    bradley_terry = oracle_loss(reward_w, reward_l, None, alpha=0)  # Eq. 2
+    loss, metrics = bradley_terry, {}
+    if args.alpha:
+        logps_w = logps[:, 0]
+        loss = oracle_loss(reward_w, reward_l, logps_w / chosen_tokens if args.lm_term == "mean" else logps_w, args.alpha)
+        metrics["logps/chosen"] = logps_w
+    metrics |= {"loss": loss, "loss/bradley_terry": bradley_terry, "rewards/chosen": reward_w, "rewards/rejected": reward_l,
+                "rewards/accuracies": (reward_w > reward_l).float(), "rewards/margins": reward_w - reward_l}
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+# ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------------
+
+
+class PairModel(torch.nn.Module):
+    """A causal LM, with a reward head or without, that scores both responses of a pair in one row."""
+
+    def __init__(self, lm, score=None):
+        super().__init__()
+        self.lm, self.score = lm, score
+
+    def forward(self, input_ids, position_ids, segments, last, num_logps=2):
+        """(logps, rewards) of (chosen, rejected), (B, 2) each; rewards is None without a head. With num_logps 1 or 0
+        logps are of the chosen responses, (B, 1), or of none, (B, 0)."""
+        hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
+                                    attention_mask=pair_mask(segments)).last_hidden_state  # (B, T, H)
+        logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_logps)
+        return logps, last_token_rewards(hidden, self.score.weight, last) if self.score else None
+
+
+def collate(pairs, pad_token_id, device):
+    """A batch of rows [prompt less its last token | last + chosen | last + rejected], padded right, integer tensors.
+
+    `last + chosen`: each response starts with a copy of the prompt's last token, at that token's position. So every
+    token is predicted by its left neighbour, and the rejected response continues the prompt, not the chosen one.
+    Returns input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding), (B, T) each, and `last`,
+    the positions of the two EOS, (B, 2): a reward is read there.
+    """
+    shape = len(pairs), 1 + max(sum(map(len, pair)) for pair in pairs)
+    input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
+    position_ids, last = np.zeros(shape, int), np.zeros((len(pairs), 2), int)
+    for i, (prompt, chosen, rejected) in enumerate(pairs):
+        p, c, r = len(prompt) - 1, len(chosen) + 1, len(rejected) + 1
+        input_ids[i, :p + c + r] = np.concatenate([prompt, chosen, prompt[-1:], rejected])
+        position_ids[i, :p + c + r] = np.concatenate([np.arange(p + c), np.arange(p, p + r)])
+        segments[i, :p + c + r] = np.repeat([0, 1, 2], [p, c, r])
+        last[i] = p + c - 1, p + c + r - 1
+    batch = {"input_ids": input_ids, "position_ids": position_ids, "segments": segments, "last": last}
+    return {name: torch.as_tensor(array, device=device) for name, array in batch.items()}
+
+
+def pair_mask(segments):
+    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). It is causal, and each response
+    sees the prompt and itself. Padding sees padding, since a query that sees no key gives NaN."""
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+    query, key = segments[:, :, None], segments[:, None, :]
+    return (causal & ((key == 0) | (key == query)))[:, None]
 
 
 @torch.no_grad()
-def score_all(model, pairs, micro_batch_size, to_batch, description):
-    """(logps, rewards) of all pairs, (N, 2) each, on the CPU: sorted by length, shared out among the processes."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def check_layout(lm, pair, to_batch, args):
+    """Fails where the model's own forward on prompt + response gives other log-probs than the row of a pair does: a
+    model that ignores 4D masks, scales its logits, or slides a window that is shorter than prompt + response."""
+    tolerance = 1e-3 if lm.dtype == torch.float32 else 0.05  # a token; bf16 keeps 8 bits
+    for response, logp in zip(pair[1:], PairModel(lm)(**to_batch([pair]))[0][0]):
+        ids = torch.as_tensor(np.concatenate([pair[0], response]), dtype=torch.long, device=logp.device)
+        logits = lm(ids[None]).logits[0, len(pair[0]) - 1:-1].float()  # (R, V)
+        own = logits.log_softmax(-1).gather(-1, ids[len(pair[0]):, None]).sum()
+        if not abs(own - logp) <= tolerance * len(response):  # NaN too
+            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward and "
+                 f"{logp:.2f} in the row of a pair; train another model type, or try a smaller --max_length")
+
+
+def reward_head(lm):
+    """A linear reward head without a bias, from N(0, 1/(H+1)) (Stiennon et al. 2020, arXiv 2009.01325)."""
+    width = lm.get_output_embeddings().weight.shape[1]  # H; OPT projects its hidden states to this width
+    score = torch.nn.Linear(width, 1, bias=False)
+    torch.nn.init.normal_(score.weight, std=(width + 1) ** -0.5)
+    return score
+
+
+@torch.no_grad()
+def score_all(model, pairs, args, to_batch, description, rows=None):
+    """(logps, rewards) of the pairs, (N, 2) each, on the CPU; 0 for those that are not among `rows`. Rows are sorted
+    by length and shared out among the processes."""
     scores = torch.zeros(2, len(pairs), 2, device=next(model.parameters()).device)
-    order = np.argsort([-sum(map(len, pair)) for pair in pairs], kind="stable")
-    micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+    order = sorted(range(len(pairs)) if rows is None else rows, key=lambda i: -sum(map(len, pairs[i])))
+    micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0, leave=False):
         logps, rewards = model(**to_batch([pairs[i] for i in micro]))
         scores[0, micro] = logps
@@ -287,7 +246,165 @@ def score_all(model, pairs, micro_batch_size, to_batch, description):
     return scores.cpu()
 
 
-# ---- what the stages do alike, copied to the letter -------------------------------------------------------------------
+def read_pairs(path, tokenizer, max_length, limit=0):
+    """Token ids (prompt, chosen, rejected) of the pairs that fit in max_length, and their row numbers, (N,) each."""
+    pairs, rows, number = [], [], 0
+    stream = islice(read_jsonl(path, "prompt", "chosen", "rejected"), limit or None)
+    for number, row in enumerate(tqdm(stream, "tokenising", unit=" rows", disable=dist.get_rank() > 0), 1):
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        chosen, rejected = encode_response(tokenizer, row["chosen"]), encode_response(tokenizer, row["rejected"])
+        if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
+            pairs.append([np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)])
+            rows.append(number - 1)
+    if not pairs:
+        fail(f"{path}: all {number} pairs have more than --max_length {max_length} tokens (or the model's positions); "
+             "raise it")
+    if dist.get_rank() == 0:
+        print(f"{path}: {len(pairs)} pairs, {number - len(pairs)} over --max_length {max_length} tokens dropped")
+    return pairs, np.array(rows)
+
+
+def plan_steps(row_tokens, args):
+    """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor --resume
+    change them. Within a step the longest come first, so that a micro-batch holds little padding.
+    Sets the defaults of --micro_batch_size and --warmup_steps."""
+    num_rows, world_size = len(row_tokens), dist.get_world_size()
+    share = max(1, args.batch_size // world_size)  # of one process
+    args.micro_batch_size = min(share, args.micro_batch_size or max(n for n in range(1, 9) if share % n == 0))
+    if args.batch_size % (args.micro_batch_size * world_size):
+        fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x "
+             f"{world_size} processes; change one of them")
+    if num_rows < args.batch_size:
+        fail(f"{args.data}: {num_rows} rows are fewer than --batch_size {args.batch_size}; lower it")
+    if args.max_steps and args.epochs:
+        fail("--max_steps and --epochs both say how long to train; give one of them")
+    max_steps = args.max_steps or max(1, int(args.epochs * num_rows / args.batch_size))
+    epochs, per_epoch = max_steps * args.batch_size / num_rows, num_rows // args.batch_size
+    args.warmup_steps = min(100, max_steps // 10) if args.warmup_steps is None else args.warmup_steps
+    if dist.get_rank() == 0:
+        print(f"{max_steps} steps of {args.batch_size}: {epochs:.2f} epochs, {args.warmup_steps} steps of warm-up"
+              + "\nwarning: a run of over 10 epochs memorises its data; lower --max_steps" * (epochs > 10))
+    orders = [np.random.default_rng((args.seed, epoch)).permutation(num_rows)[:per_epoch * args.batch_size]
+              for epoch in range(math.ceil(max_steps / per_epoch))]
+    steps = np.concatenate(orders).reshape(-1, args.batch_size)[:max_steps]
+    return np.stack([rows[np.argsort(-row_tokens[rows], kind="stable")] for rows in steps])
+
+
+def deepspeed_config(args, device, optimizer):
+    """--deepspeed_config as a dict, with this run's batch sizes. One CPU process runs without ZeRO: it has nothing to
+    share out, and ZeRO would copy weights and gradients."""
+    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json beside this script"):
+        with open(args.deepspeed_config) as file:
+            config = json.load(file)
+        clipping = float(config.get("gradient_clipping", 0))
+        assert config["zero_optimization"]["stage"] in (1, 2), "zero_optimization.stage must be 1 or 2"
+    config |= {"train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
+               "steps_per_print": 2**31, "gradient_clipping": clipping}
+    if device.type == "cpu":
+        config["bf16"] = {"enabled": False}
+    if device.type == "cpu" and dist.get_world_size() == 1:
+        config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
+
+        def clip(optimizer, *_):  # here, because without ZeRO DeepSpeed's own clipping forgets the norm
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(weights, clipping or math.inf)
+        optimizer.register_step_pre_hook(clip)
+    return config
+
+
+def start_run(engine, args):
+    """What a checkpoint keeps beside weights and optimizer: flags and files of the run, the step, log.jsonl's size.
+
+    --resume loads the newest checkpoint and cuts log.jsonl off where it was written. It refuses other flags, other
+    files and another number of processes. Without --resume a folder with a checkpoint is refused.
+    """
+    may_change = "resume local_rank log_steps eval_steps save_steps micro_batch_size gradient_checkpointing".split()
+    paths = [getattr(args, name, None) for name in ("data", "eval_data", "oracle_rewards", "eval_oracle_rewards")]
+    run = {**vars(args), "processes": dist.get_world_size(), "sha256": {path: sha256(path) for path in paths if path}}
+    state = {"run": run, "step": 0, "log_size": 0}
+    folder = f"{args.out}/checkpoint"
+    saved = sorted(glob.glob("step*", root_dir=folder), key=lambda name: int(name[4:]))
+    if bool(saved) != args.resume:
+        fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
+             f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
+    if args.resume:
+        with reading(f"--resume: {folder}/{saved[-1]}", f"delete it, and start without --resume if {folder} is empty"):
+            state = engine.load_checkpoint(folder, tag=saved[-1])[1]
+            before = state["run"]
+        for name, value in run.items():
+            if name not in may_change and value != before[name]:
+                fail(f"--resume: {name} was {before[name]} and is now {value}; go on with what the run began with")
+    if dist.get_rank() == 0:
+        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
+        os.makedirs(args.out, exist_ok=True)
+        with open(f"{args.out}/args.json", "w") as file:
+            json.dump({**run, "versions": versions}, file, indent=2)
+        with open(f"{args.out}/log.jsonl", "a") as file:
+            file.truncate(min(state["log_size"], file.tell()))
+        print(f"{args.out}: from step {state['step']}")
+    return state
+
+
+def gather(window):
+    """What every process logged of its pairs, a list of dicts of (B,) on each -> one dict of (pairs,) on the CPU."""
+    here = {name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    return {name: torch.cat([part[name] for part in everywhere]) for name in here}
+
+
+def engine_figures(engine, tokens, start):
+    """What is logged beside the metrics. tokens: how many the run has taken since `start`."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else resident
+    return {"grad_norm": float(engine.get_global_grad_norm()), "skipped_steps": engine.skipped_steps,
+            "tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
+
+
+def log(args, step, metrics, prefix="", **figures):
+    """Appends a line to <out>/log.jsonl, on rank 0: the mean of each metric over pairs, and the figures. Leaves out
+    what is NaN in every held-out pair, for want of Oracle rewards. Fails where the loss is not finite."""
+    line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
+                             if not (prefix and value.isnan().all())}, **figures}
+    if not math.isfinite(line.get("loss", 0.0)):
+        fail(f"step {step}: the loss is {line['loss']}; lower --learning_rate. A checkpoint in {args.out} is as it was")
+    if dist.get_rank() == 0:
+        with open(f"{args.out}/log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+        tqdm.write(f"step {step}: " + ", ".join(f"{name} {line[name]:.4g}" for name in line if name.endswith(shown)))
+
+
+def check_weights(model, args):
+    """Fails where the last step has made a weight NaN or infinite, before it is saved."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        fail(f"the weights are no longer finite; lower --learning_rate. No model was written to {args.out}")
+
+
+def save_checkpoint(engine, args, state):
+    """Writes <out>/checkpoint/step<k> whole or not at all, then deletes the one before it."""
+    check_weights(engine.module, args)
+    folder, state["log_size"] = f"{args.out}/checkpoint", os.path.getsize(f"{args.out}/log.jsonl")
+    engine.save_checkpoint(folder, tag="partial", client_state=state, save_latest=False)
+    if dist.get_rank() == 0:
+        before = glob.glob(f"{folder}/step*")
+        os.replace(f"{folder}/partial", f"{folder}/step{state['step']}")
+        for path in before:
+            shutil.rmtree(path)
+
+
+def save_model(lm, tokenizer, args):
+    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes."""
+    check_weights(lm, args)
+    if dist.get_rank() == 0:
+        partial = f"{args.out}/partial"
+        lm.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for name in os.listdir(partial):
+            os.replace(f"{partial}/{name}", f"{args.out}/{name}")
+        os.rmdir(partial)
+        shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
+        print(f"{args.out}: model, tokenizer, args.json and log.jsonl written")
 
 
 def fail(message):
@@ -297,33 +414,37 @@ def fail(message):
     sys.exit(2)
 
 
-def check_flags(args, folder, *may_be_zero):
-    """Fails where a flag's number is not above 0 and finite (those named in `may_be_zero` may be 0), or where the folder that
-    the run writes to cannot be made and written: before the run is paid for."""
+@contextmanager
+def reading(what, mend):
+    """Turns any error inside into one line for the user: libraries raise anything where a file is damaged."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.200}); {mend}")
+
+
+def check_flags(args, *may_be_zero):
+    """Fails where a number is not above 0 and finite. Those in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
         for value in values if isinstance(values, list) else [values]:
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in (
+                    "seed", "local_rank", *may_be_zero)):
                 fail(f"--{name} {value}: give a number {'of 0 or more' if name in may_be_zero else 'above 0'}")
-    try:
-        os.makedirs(folder or ".", exist_ok=True)
-        if not os.access(folder or ".", os.W_OK):
-            raise PermissionError("it cannot be written")
-    except OSError as error:
-        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
 
 
 def init_process():
-    """Joins the processes that `deepspeed` started, or is the only one under `python`; returns (device, rank, world size)."""
+    """Joins the processes that `deepspeed` started, or under `python` is the only one: (device, rank, world size)."""
     if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ |= alone
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()  # it would report score.weight as unexpected; missing weights end the run below
+    transformers.logging.set_verbosity_error()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        # DeepSpeed would compile a C++ all-reduce for CPUs here, and crash where there is no compiler; gloo does it too
+        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash where there is no compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
             here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
@@ -332,38 +453,38 @@ def init_process():
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def read_jsonl(path, *keys):
-    """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
-    def is_prompt(value):
-        return bool(value) and (isinstance(value, str) or isinstance(value, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in value))
+def sha256(path):
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    rows = []
+
+def read_jsonl(path, *keys):
+    """Yields the rows (dicts) of a JSONL file. Each must hold text under `keys`; a `prompt` may be a list of messages."""
+    number = 0
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line")
+                row = json.loads(line)
                 for key in keys:
-                    value = row.get(key) if isinstance(row, dict) else None
-                    if not (is_prompt(value) if key == "prompt" else isinstance(value, str)):
-                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}, and a `prompt` of "
-                             "messages a `role` and a `content` in each")
-                rows.append(row)
+                    texts = [row[key]]
+                    if key == "prompt" and isinstance(row[key], list):
+                        texts = [turn[name] for turn in row[key] for name in ("role", "content")]
+                    if not all(isinstance(text, str) for text in texts) or key == "prompt" and not row[key]:
+                        raise TypeError(f"`{key}` holds no text")
+                yield row
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot read it ({error}); name an existing UTF-8 JSONL file")
-    return rows or fail(f"{path}: it holds no rows")
+        fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with the text {', '.join(keys)}")
+    if not number:
+        fail(f"{path}: it holds no rows")
 
 
 def load_tokenizer(folder):
     """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
-    try:
+    with reading(folder, "give a model folder with its tokenizer, or a hub name"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        fail(f"{folder}: no tokenizer there ({error!r:.150}); give a model folder or a hub name")
     if tokenizer.eos_token_id is None:
         fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -375,32 +496,28 @@ def load_tokenizer(folder):
     return tokenizer
 
 
-def load_model(folder, pad_token_id):
-    """The folder's causal LM in fp32 (DeepSpeed casts it), with SDPA attention and without dropout."""
-    try:
+def load_model(folder):
+    """The folder's tokenizer and causal LM: in fp32 (DeepSpeed casts it), with SDPA attention, without dropout."""
+    tokenizer = load_tokenizer(folder)
+    with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
         config = AutoConfig.from_pretrained(folder)
         for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):  # OPT's dropout is functional: only the config turns it off
+            if "drop" in name and isinstance(value, float):  # OPT's dropout is functional: only the config ends it
                 setattr(config, name, 0.0)
-        config.pad_token_id = pad_token_id
-        model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
-                                                           attn_implementation="sdpa", output_loading_info=True)
-    except Exception as error:
-        fail(f"--model {folder}: no causal LM there ({error!r:.150}); give a model folder or a hub name")
-    if info["missing_keys"]:
-        fail(f"--model {folder}: its weights lack {sorted(info['missing_keys'])[0]}; give the folder of a whole causal LM")
-    model.get_input_embeddings().padding_idx = None  # a pad token that is a word too, as BOS, learns like any other
-    return model.train()
+        config.pad_token_id = tokenizer.pad_token_id
+        lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
+                                                        attn_implementation="sdpa", output_loading_info=True)
+        assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
+    lm.get_input_embeddings().padding_idx = None  # a pad token that is a word too, as BOS, learns like any other
+    return tokenizer, lm.train()
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template where there is one, else its text after one BOS."""
+    """Token ids of a prompt, text or messages: by the chat template if there is one, else its text after one BOS."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
+        with reading(f"the prompt {str(prompt):.80}", "the chat template refuses it: mend or drop that row"):
             return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # jinja's, or the template's own
-            fail(f"the tokenizer's chat template refuses the prompt {str(prompt):.80} ({error!r:.100}); mend or drop that row")
     if not isinstance(prompt, str):
         names = {"user": "Human", "assistant": "Assistant"}
         turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
@@ -410,149 +527,10 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart, so that no token spans both; the space
-    that parts a response from a plain-text prompt has no place behind a chat template's."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The space
+    that a response to a plain-text prompt starts with goes where a chat template stands before it."""
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-
-
-def make_engine(model, args, device, max_steps):
-    """DeepSpeed's engine around the model: AdamW, linear warm-up and cosine to 0, and what --deepspeed_config says."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=args.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, args.warmup_steps, max_steps))
-    try:
-        with open(args.deepspeed_config) as file:
-            config = json.load(file)
-        config.update(train_batch_size=args.batch_size, train_micro_batch_size_per_gpu=args.micro_batch_size,
-                      steps_per_print=2**31, gradient_clipping=float(config.get("gradient_clipping", 0)))
-        if device.type == "cpu":
-            config["bf16"] = {"enabled": False}  # 3 times slower than fp32 there
-        if config["zero_optimization"]["stage"] not in (1, 2):  # 3 leaves no whole model to read a head from, or to save
-            raise ValueError("zero_optimization.stage must be 1 or 2")
-        alone = device.type == "cpu" and dist.get_world_size() == 1
-        if alone:  # nothing to share out, and the weights are fp32 as they are: ZeRO would only copy weights and gradients
-            config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": config["gradient_clipping"] or math.inf}
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
-        if alone:  # DeepSpeed's own clipping, which forgets the norm, and no all-reduce
-            engine.clip_fp32_gradients = lambda: setattr(optimizer, "_global_grad_norm", torch.nn.utils.clip_grad_norm_(
-                model.parameters(), engine.gradient_clipping()))
-            engine.enable_backward_allreduce = False
-        return engine
-    except RuntimeError:  # out of memory, or NCCL's: not the file's fault
-        raise
-    except Exception as error:
-        fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json that "
-             "stands beside this script")
-
-
-def schedule_factor(step, warmup_steps, max_steps):
-    """The learning rate of step 0, 1, ... as a share of its peak: linear warm-up, then a cosine that ends at 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
-
-
-def gather(window):
-    """What every process logged of its pairs, a list of dicts of (B,) on each -> one dict of (pairs,) on the CPU."""
-    here = {name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
-    everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, here)
-    return {name: torch.cat([part[name] for part in everywhere]) for name in here}
-
-
-def start_run(engine, args):
-    """(step to start from, what the run is). Without --resume step 0; with it the last checkpoint's, whose weights and
-    optimizer are loaded and behind which log.jsonl is cut off. Writes <out>/args.json."""
-    with open(args.data, "rb") as file:
-        run = {**vars(args), "processes": dist.get_world_size(), "data_sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-               "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-    step, lines = 0, []
-    if args.resume:
-        if not os.path.exists(f"{args.out}/checkpoint/latest"):
-            fail(f"--resume: {args.out}/checkpoint holds no checkpoint; start without --resume")
-        try:
-            with open(f"{args.out}/args.json") as file:
-                before = dict(json.load(file))
-        except Exception as error:
-            fail(f"--resume: {args.out}/args.json is damaged ({error!r:.200}); put back a copy, or start without --resume")
-        may_change = "resume local_rank log_steps eval_steps save_steps micro_batch_size gradient_checkpointing started".split()
-        for name, value in run.items():
-            if name not in may_change and value != before.get(name):
-                fail(f"--resume: {name} was {before.get(name)} and is now {value}; go on with what the run began with")
-        try:
-            state = engine.load_checkpoint(f"{args.out}/checkpoint")[1]
-            step, run["started"] = state["step"], state["run"]["started"]
-            with open(f"{args.out}/log.jsonl") as file:
-                lines = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        except Exception as error:
-            fail(f"--resume: {args.out}/checkpoint or log.jsonl is damaged ({error!r:.200}); put back a copy, or start without "
-                 "--resume, which writes over them")
-        if before.get("started") != run["started"]:
-            fail(f"--resume: {args.out}/checkpoint is of the run of {run['started']}, and that of {before.get('started')} has "
-                 "saved none; start without --resume")
-    if dist.get_rank() == 0:
-        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
-        for name, text in ("args.json", json.dumps({**run, "versions": versions}, indent=2)), ("log.jsonl", "".join(lines)):
-            with open(f"{args.out}/{name}.partial", "w") as file:
-                file.write(text)
-            os.replace(f"{args.out}/{name}.partial", f"{args.out}/{name}")
-    return step, run
-
-
-def log(args, step, metrics, prefix="", **figures):
-    """Appends a line to <out>/log.jsonl and prints its main figures, on rank 0: each metric's mean over pairs (of the held-out
-    ones without those that are NaN for want of Oracle rewards), and the figures. Fails where the loss is not finite."""
-    line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
-                             if not (prefix and value.isnan().all())}, **figures}
-    if not math.isfinite(line.get("loss", 0.0)):
-        print(file=sys.stderr)  # ends the bar's line
-        fail(f"step {step}: the loss is {line['loss']}; lower --learning_rate. {args.out}/checkpoint, if any, is as it was")
-    if dist.get_rank() == 0:
-        with open(f"{args.out}/log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-        tqdm.write(f"step {step}: " + ", ".join(f"{name} {line[name]:.4g}" for name in line if name.endswith(shown)))
-
-
-def speed(tokens, start, device):
-    """Tokens a second since `start`, and the most memory this process has held: the GPU's, or else what is resident."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident
-    return {"tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
-
-
-def check_weights(model, args):
-    """Fails where the last step has made a weight NaN or infinite, before it is saved."""
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        print(file=sys.stderr)  # ends the bar's line
-        fail(f"the weights are no longer finite; lower --learning_rate. No model was written to {args.out}")
-
-
-def save_checkpoint(engine, args, step, run):
-    """Writes <out>/checkpoint/step<step>; the checkpoint before it goes once this one is whole."""
-    check_weights(engine.module, args)
-    folder = f"{args.out}/checkpoint"
-    engine.save_checkpoint(folder, tag=f"step{step}", client_state={"step": step, "run": run})
-    if dist.get_rank() == 0:
-        for name in os.listdir(folder):
-            if name.startswith("step") and name != f"step{step}":
-                shutil.rmtree(f"{folder}/{name}")
-
-
-def save_model(lm, tokenizer, args):
-    """Writes model and tokenizer beside their place in <out>, then moves each file there; on rank 0."""
-    check_weights(lm, args)
-    if dist.get_rank() == 0:
-        partial = f"{args.out}/partial"
-        lm.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        for name in os.listdir(partial):
-            os.replace(f"{partial}/{name}", f"{args.out}/{name}")
-        os.rmdir(partial)
-        print(f"{args.out}: model, tokenizer, args.json and log.jsonl written")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tunes a causal LM on responses: the SFT policy that DRDO, DPO and e-DPO start from (arXiv 2410.08458, Appendix D).
+"""Fine-tunes a causal LM on responses: the SFT policy that DRDO, DPO and e-DPO start from (arXiv 2410.08458).
 
 In:   a base LM, train.jsonl (prompt, chosen; or `label` or `response` in place of chosen)
 Out:  out/sft/: model and tokenizer, args.json, log.jsonl, checkpoint/
@@ -7,13 +7,13 @@ Out:  out/sft/: model and tokenizer, args.json, log.jsonl, checkpoint/
     deepspeed sft.py --model microsoft/Phi-3-mini-4k-instruct --data data/sft/train.jsonl --eval_data data/sft/validation.jsonl
     deepspeed sft.py --model out/sft --out out/sft_on_winners            # a baseline: more of the chosen responses
 
-The loss is the mean negative log-likelihood of the batch's response tokens, EOS included; the prompt carries none.
-Rows are padded right, so that under a causal mask no token sees padding and no mask is needed.
+The loss is the mean negative log-likelihood of the batch's response tokens, EOS included. The prompt carries none.
+Rows are padded right: under a causal mask no token sees padding, and no mask is needed.
 """
 import argparse
 import functools
+import glob
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -22,7 +22,9 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import islice
 
 import deepspeed
 import numpy as np
@@ -38,67 +40,97 @@ from losses import response_logps
 def parse_args():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
-    group = parser.add_argument_group("data and model")
-    group.add_argument("--model", required=True, help="the base LM: a folder or a hub name")
-    group.add_argument("--data", default="data/all/train.jsonl", help="JSONL to train on: prompt, and chosen, label or response")
-    group.add_argument("--eval_data", default="data/all/validation.jsonl", help="the same, held out; '' for none")
-    group.add_argument("--out", default="out/sft", help="folder to write")
-    group.add_argument("--max_length", type=int, default=1024, help="drop rows whose prompt + response has more tokens")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size", type=int, default=64, help="rows an optimizer step, over all processes")
-    group.add_argument("--micro_batch_size", type=int, default=8, help="rows a forward pass, on one process")
-    group.add_argument("--learning_rate", type=float, default=1e-5, help="peak, after warm-up; then cosine to 0")
-    group.add_argument("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
-    group.add_argument("--warmup_steps", type=int, default=100, help="linear warm-up")
-    group.add_argument("--epochs", type=float, default=1.0, help="passes over the data, where --max_steps is 0")
-    group.add_argument("--max_steps", type=int, default=0, help="optimizer steps, in place of --epochs; 0: by --epochs")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
-    group.add_argument("--deepspeed_config", default="ds_config.json", help="ZeRO stage, bf16 (off on a CPU), clipping")
-    group = parser.add_argument_group("logging and checkpoints")
-    group.add_argument("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
-    group.add_argument("--eval_rows", type=int, default=1000, help="evaluate on so many rows, --eval_data's first; 0: on all")
-    group.add_argument("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
-    group.add_argument("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
-    group.add_argument("--resume", action="store_true", help="go on from <out>/checkpoint; repeat its run's flags")
-    group.add_argument("--seed", type=int, default=0, help="order of the data")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    flag = parser.add_argument_group("data and model").add_argument
+    flag("--model", required=True, help="the base LM: a folder or a hub name")
+    flag("--data", default="data/all/train.jsonl", help="JSONL to train on: prompt, and chosen, label or response")
+    flag("--eval_data", default="data/all/validation.jsonl", help="the same, held out; '' for none")
+    flag("--out", default="out/sft", help="folder to write")
+    flag("--max_length", type=int, default=1024, help="drop rows whose prompt + response has more tokens")
+    flag = parser.add_argument_group("optimisation").add_argument
+    flag("--batch_size", type=int, default=64, help="rows an optimizer step, over all processes")
+    flag("--micro_batch_size", type=int, help="rows a forward pass, on one process (default: 8, or the next divisor)")
+    flag("--learning_rate", type=float, default=1e-5, help="peak, after warm-up; then cosine to 0")
+    flag("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
+    flag("--warmup_steps", type=int, help="linear warm-up (default: a tenth of the run, at most 100)")
+    flag("--max_steps", type=int, help="optimizer steps (default: what --epochs takes)")
+    flag("--epochs", type=float, help="passes over the data, in place of --max_steps (default: 1)")
+    flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
+    flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, bf16 (off on a CPU), clipping")
+    flag = parser.add_argument_group("logging and checkpoints").add_argument
+    flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
+    flag("--eval_rows", type=int, default=1000, help="evaluate on the first rows of --eval_data, so many; 0: on all")
+    flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
+    flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
+    flag("--resume", action="store_true", help="go on from <out>/checkpoint; repeat its run's flags")
+    flag("--seed", type=int, default=0, help="order of the data")
+    flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
-    check_flags(args, args.out, "weight_decay", "warmup_steps", "max_steps", "save_steps", "eval_rows", "seed", "local_rank")
+    check_flags(args, "weight_decay", "warmup_steps", "save_steps", "eval_rows")
+    args.epochs = args.epochs or (None if args.max_steps else 1.0)
     return args
 
 
-# ---- data and loss ----------------------------------------------------------------------------------------------------
+def main():
+    args = parse_args()
+    device, rank, world_size = init_process()
+    torch.manual_seed(args.seed)
 
+    # ---- model and data
+    tokenizer, lm = load_model(args.model)
+    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
+    examples = read_examples(args.data, tokenizer, args.max_length)
+    eval_examples = read_examples(args.eval_data, tokenizer, args.max_length, args.eval_rows) if args.eval_data else []
+    row_tokens = np.array([len(prompt) + len(response) for prompt, response in examples])  # (N,)
+    response_tokens = np.array([len(response) for _, response in examples])  # EOS included
+    steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
+    max_steps = len(steps)
 
-def load_split(path, tokenizer, max_length, limit=0):
-    """Token ids (prompt, response) of those of a file's rows (of its first `limit`) that fit in max_length."""
-    first, examples = read_jsonl(path, "prompt")[0], []
-    key = next((key for key in ("chosen", "label", "response") if key in first), "chosen")
-    rows = read_jsonl(path, "prompt", key)[:limit or None]
-    for row in tqdm(rows, "tokenising", disable=dist.get_rank() > 0):
-        prompt, response = encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row[key])
-        if len(prompt) + len(response) <= max_length:
-            examples.append([np.array(ids, dtype=np.int32) for ids in (prompt, response)])
-    if not examples:
-        fail(f"{path}: all {len(rows)} rows have more than --max_length {max_length} tokens (or the model's positions); raise it")
-    if dist.get_rank() == 0:
-        print(f"{path}: {len(examples)} rows, {len(rows) - len(examples)} over --max_length {max_length} tokens dropped")
-    return examples
+    # ---- model, optimizer, engine
+    if args.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = ResponseModel(lm)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
+                                   {"params": vectors, "weight_decay": 0.0}], lr=args.learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (  # warm-up, then a cosine to 0
+        (step + 1) / args.warmup_steps if step < args.warmup_steps else
+        0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
+                                  config=deepspeed_config(args, device, optimizer))[0]
+    to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
+    state = start_run(engine, args)  # with --resume the last checkpoint's
 
+    # ---- training
+    nll, tokens, targets, start = torch.zeros((), device=device), 0, 0, time.time()
+    bar = tqdm(steps[state["step"]:], "sft", initial=state["step"], total=max_steps, disable=rank > 0)
+    for step, rows in enumerate(bar, state["step"] + 1):
+        learning_rate = optimizer.param_groups[0]["lr"]
+        micro_batches = rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]
+        for micro in micro_batches:
+            logps = engine(**to_batch([examples[i] for i in micro]))
+            # DeepSpeed averages over micro-batches and processes; we want the mean over the step's response tokens
+            engine.backward(-logps.sum() * len(micro_batches) * world_size / response_tokens[rows].sum())
+            engine.step()  # the weights move after the step's last micro-batch
+            nll -= logps.detach().sum()
+        tokens += row_tokens[rows].sum()
+        targets += response_tokens[rows].sum()
 
-def collate(examples, pad_token_id, device):
-    """A batch of rows [prompt | response], padded right: input_ids and segments, (B, T); see losses.response_logps."""
-    width = max(sum(map(len, example)) for example in examples)
-    input_ids, segments = np.full((len(examples), width), pad_token_id), np.full((len(examples), width), -1)
-    for i, (prompt, response) in enumerate(examples):
-        length = len(prompt) + len(response)
-        input_ids[i, :length] = np.concatenate([prompt, response])
-        segments[i, :length] = np.repeat([0, 1], [len(prompt), len(response)])
-    return {"input_ids": torch.as_tensor(input_ids, device=device), "segments": torch.as_tensor(segments, device=device)}
+        if step in (1, max_steps) or any(n and step % n == 0 for n in (args.log_steps, args.eval_steps, args.save_steps)):
+            dist.all_reduce(nll)
+            log(args, step, {"loss": nll / int(targets)}, epoch=step * args.batch_size / len(examples),
+                learning_rate=learning_rate, **engine_figures(engine, tokens, start))
+            if eval_examples and (step % args.eval_steps == 0 or step == max_steps):
+                log(args, step, {"loss": mean_nll(model, eval_examples, args, to_batch)}, "eval_")
+            if args.save_steps and step % args.save_steps == 0:
+                save_checkpoint(engine, args, state | {"step": step})
+            nll, tokens, targets, start = torch.zeros((), device=device), 0, 0, time.time()
+    save_model(lm, tokenizer, args)
+    dist.destroy_process_group()
 
 
 class ResponseModel(torch.nn.Module):
-    """A causal LM that returns its rows' response log-probs, (B,)."""
+    """A causal LM that returns log pi(y|x) of its rows' responses, (B,)."""
 
     def __init__(self, lm):
         super().__init__()
@@ -106,99 +138,187 @@ class ResponseModel(torch.nn.Module):
 
     def forward(self, input_ids, segments):
         hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
-        previous = torch.arange(-1, input_ids.shape[1] - 1, device=input_ids.device).expand_as(input_ids)
-        return response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, previous, num_responses=1)[:, 0]
+        return response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_responses=1)[:, 0]
 
 
-def batches(lengths, batch_size, seed):
-    """Endless optimizer batches, arrays of row numbers: each a random sample of its epoch, longest row first, so that
-    micro-batches cut from it hold rows of similar length."""
-    for epoch in itertools.count():
-        order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
-        for batch in order[:len(order) // batch_size * batch_size].reshape(-1, batch_size):
-            yield batch[np.argsort(-lengths[batch], kind="stable")]
-
-
-# ---- training ---------------------------------------------------------------------------------------------------------
-
-
-def main():
-    args = parse_args()
-    device, rank, world_size = init_process()
-    args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // world_size))
-    if args.batch_size % (args.micro_batch_size * world_size):
-        fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x {world_size} "
-             "processes")
-
-    # ---- model and data
-    torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
-    lm = load_model(args.model, tokenizer.pad_token_id)
-    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
-    examples = load_split(args.data, tokenizer, args.max_length)
-    eval_examples = load_split(args.eval_data, tokenizer, args.max_length, args.eval_rows) if args.eval_data else []
-    if len(examples) < args.batch_size:
-        fail(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}; lower it")
-    lengths = np.array([sum(map(len, example)) for example in examples])
-    response_lengths = np.array([len(response) for _, response in examples])
-    max_steps = args.max_steps or max(1, int(args.epochs * len(examples) / args.batch_size))
-    if rank == 0:
-        print(f"{max_steps} steps of {args.batch_size}: {max_steps * args.batch_size / len(examples):.2f} epochs, "
-              f"{args.warmup_steps} steps of warm-up")
-
-    if args.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine = make_engine(ResponseModel(lm), args, device, max_steps)
-    to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
-    step, run = start_run(engine, args)
-
-    # ---- training
-    nll, tokens, response_tokens, start = torch.zeros((), device=device), 0, 0, time.time()
-    steps = itertools.islice(batches(lengths, args.batch_size, args.seed), step, max_steps)
-    for batch in tqdm(steps, "sft", initial=step, total=max_steps, disable=rank > 0):
-        micro_batches = batch.reshape(-1, world_size, args.micro_batch_size)[:, rank]
-        for micro in micro_batches:
-            logps = engine(**to_batch([examples[i] for i in micro]))
-            # DeepSpeed averages over micro-batches and processes; the mean is to be over the batch's response tokens
-            loss = -logps.sum() * len(micro_batches) * world_size / response_lengths[batch].sum()
-            engine.backward(loss)
-            engine.step()
-            nll -= logps.detach().sum()
-        step += 1
-        tokens += lengths[batch].sum()
-        response_tokens += response_lengths[batch].sum()
-
-        if step == 1 or step % args.log_steps == 0 or step == max_steps:
-            dist.all_reduce(nll)
-            log(args, step, {"loss": nll / int(response_tokens)}, epoch=step * args.batch_size / len(examples),
-                **speed(tokens, start, device), grad_norm=float(engine.get_global_grad_norm()),
-                learning_rate=args.learning_rate * schedule_factor(step - 1, args.warmup_steps, max_steps),
-                skipped_steps=engine.skipped_steps)
-            nll, tokens, response_tokens, start = torch.zeros((), device=device), 0, 0, time.time()
-        if eval_examples and (step % args.eval_steps == 0 or step == max_steps):
-            log(args, step, {"loss": mean_nll(engine.module, eval_examples, args.micro_batch_size, to_batch)}, "eval_")
-            tokens, start = 0, time.time()
-        if args.save_steps and step % args.save_steps == 0:
-            save_checkpoint(engine, args, step, run)
-            tokens, start = 0, time.time()
-    save_model(lm, tokenizer, args)
-    dist.destroy_process_group()
+def collate(examples, pad_token_id, device):
+    """A batch of rows [prompt | response], padded right: input_ids and segments, (B, T) each. The prompt's last token
+    belongs to segment 1: it predicts the response's first token (losses.response_logps)."""
+    shape = len(examples), max(sum(map(len, example)) for example in examples)
+    input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
+    for i, (prompt, response) in enumerate(examples):
+        length = len(prompt) + len(response)
+        input_ids[i, :length] = np.concatenate([prompt, response])
+        segments[i, :length] = np.repeat([0, 1], [len(prompt) - 1, len(response) + 1])
+    return {"input_ids": torch.as_tensor(input_ids, device=device), "segments": torch.as_tensor(segments, device=device)}
 
 
 @torch.no_grad()
-def mean_nll(model, examples, micro_batch_size, to_batch):
+def mean_nll(model, examples, args, to_batch):
     """Mean negative log-likelihood of the examples' response tokens, shared out among the processes."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
-    order = np.argsort([-sum(map(len, example)) for example in examples], kind="stable")
-    micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+    order = sorted(range(len(examples)), key=lambda i: -sum(map(len, examples[i])))
+    micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     for micro in tqdm(micro_batches[rank::world_size], "evaluating", disable=rank > 0, leave=False):
         total -= model(**to_batch([examples[i] for i in micro])).sum()
     dist.all_reduce(total)
     return total / sum(len(response) for _, response in examples)
 
 
-# ---- what the stages do alike, copied to the letter -------------------------------------------------------------------
+def read_examples(path, tokenizer, max_length, limit=0):
+    """Token ids (prompt, response) of the rows that fit in max_length, of the file's first `limit` rows."""
+    first, examples, number = next(read_jsonl(path)), [], 0
+    key = next((key for key in ("chosen", "label", "response") if key in first), "chosen")
+    stream = islice(read_jsonl(path, "prompt", key), limit or None)
+    for number, row in enumerate(tqdm(stream, "tokenising", unit=" rows", disable=dist.get_rank() > 0), 1):
+        prompt, response = encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row[key])
+        if len(prompt) + len(response) <= max_length:
+            examples.append([np.array(ids, dtype=np.int32) for ids in (prompt, response)])
+    if not examples:
+        fail(f"{path}: all {number} rows have more than --max_length {max_length} tokens (or the model's positions); "
+             "raise it")
+    if dist.get_rank() == 0:
+        print(f"{path}: {len(examples)} rows, {number - len(examples)} over --max_length {max_length} tokens dropped")
+    return examples
+
+
+# ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------------
+
+
+def plan_steps(row_tokens, args):
+    """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor --resume
+    change them. Within a step the longest come first, so that a micro-batch holds little padding.
+    Sets the defaults of --micro_batch_size and --warmup_steps."""
+    num_rows, world_size = len(row_tokens), dist.get_world_size()
+    share = max(1, args.batch_size // world_size)  # of one process
+    args.micro_batch_size = min(share, args.micro_batch_size or max(n for n in range(1, 9) if share % n == 0))
+    if args.batch_size % (args.micro_batch_size * world_size):
+        fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x "
+             f"{world_size} processes; change one of them")
+    if num_rows < args.batch_size:
+        fail(f"{args.data}: {num_rows} rows are fewer than --batch_size {args.batch_size}; lower it")
+    if args.max_steps and args.epochs:
+        fail("--max_steps and --epochs both say how long to train; give one of them")
+    max_steps = args.max_steps or max(1, int(args.epochs * num_rows / args.batch_size))
+    epochs, per_epoch = max_steps * args.batch_size / num_rows, num_rows // args.batch_size
+    args.warmup_steps = min(100, max_steps // 10) if args.warmup_steps is None else args.warmup_steps
+    if dist.get_rank() == 0:
+        print(f"{max_steps} steps of {args.batch_size}: {epochs:.2f} epochs, {args.warmup_steps} steps of warm-up"
+              + "\nwarning: a run of over 10 epochs memorises its data; lower --max_steps" * (epochs > 10))
+    orders = [np.random.default_rng((args.seed, epoch)).permutation(num_rows)[:per_epoch * args.batch_size]
+              for epoch in range(math.ceil(max_steps / per_epoch))]
+    steps = np.concatenate(orders).reshape(-1, args.batch_size)[:max_steps]
+    return np.stack([rows[np.argsort(-row_tokens[rows], kind="stable")] for rows in steps])
+
+
+def deepspeed_config(args, device, optimizer):
+    """--deepspeed_config as a dict, with this run's batch sizes. One CPU process runs without ZeRO: it has nothing to
+    share out, and ZeRO would copy weights and gradients."""
+    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json beside this script"):
+        with open(args.deepspeed_config) as file:
+            config = json.load(file)
+        clipping = float(config.get("gradient_clipping", 0))
+        assert config["zero_optimization"]["stage"] in (1, 2), "zero_optimization.stage must be 1 or 2"
+    config |= {"train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
+               "steps_per_print": 2**31, "gradient_clipping": clipping}
+    if device.type == "cpu":
+        config["bf16"] = {"enabled": False}
+    if device.type == "cpu" and dist.get_world_size() == 1:
+        config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
+
+        def clip(optimizer, *_):  # here, because without ZeRO DeepSpeed's own clipping forgets the norm
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(weights, clipping or math.inf)
+        optimizer.register_step_pre_hook(clip)
+    return config
+
+
+def start_run(engine, args):
+    """What a checkpoint keeps beside weights and optimizer: flags and files of the run, the step, log.jsonl's size.
+
+    --resume loads the newest checkpoint and cuts log.jsonl off where it was written. It refuses other flags, other
+    files and another number of processes. Without --resume a folder with a checkpoint is refused.
+    """
+    may_change = "resume local_rank log_steps eval_steps save_steps micro_batch_size gradient_checkpointing".split()
+    paths = [getattr(args, name, None) for name in ("data", "eval_data", "oracle_rewards", "eval_oracle_rewards")]
+    run = {**vars(args), "processes": dist.get_world_size(), "sha256": {path: sha256(path) for path in paths if path}}
+    state = {"run": run, "step": 0, "log_size": 0}
+    folder = f"{args.out}/checkpoint"
+    saved = sorted(glob.glob("step*", root_dir=folder), key=lambda name: int(name[4:]))
+    if bool(saved) != args.resume:
+        fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
+             f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
+    if args.resume:
+        with reading(f"--resume: {folder}/{saved[-1]}", f"delete it, and start without --resume if {folder} is empty"):
+            state = engine.load_checkpoint(folder, tag=saved[-1])[1]
+            before = state["run"]
+        for name, value in run.items():
+            if name not in may_change and value != before[name]:
+                fail(f"--resume: {name} was {before[name]} and is now {value}; go on with what the run began with")
+    if dist.get_rank() == 0:
+        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
+        os.makedirs(args.out, exist_ok=True)
+        with open(f"{args.out}/args.json", "w") as file:
+            json.dump({**run, "versions": versions}, file, indent=2)
+        with open(f"{args.out}/log.jsonl", "a") as file:
+            file.truncate(min(state["log_size"], file.tell()))
+        print(f"{args.out}: from step {state['step']}")
+    return state
+
+
+def engine_figures(engine, tokens, start):
+    """What is logged beside the metrics. tokens: how many the run has taken since `start`."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else resident
+    return {"grad_norm": float(engine.get_global_grad_norm()), "skipped_steps": engine.skipped_steps,
+            "tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
+
+
+def log(args, step, metrics, prefix="", **figures):
+    """Appends a line to <out>/log.jsonl, on rank 0: the mean of each metric over pairs, and the figures. Leaves out
+    what is NaN in every held-out pair, for want of Oracle rewards. Fails where the loss is not finite."""
+    line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
+                             if not (prefix and value.isnan().all())}, **figures}
+    if not math.isfinite(line.get("loss", 0.0)):
+        fail(f"step {step}: the loss is {line['loss']}; lower --learning_rate. A checkpoint in {args.out} is as it was")
+    if dist.get_rank() == 0:
+        with open(f"{args.out}/log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+        tqdm.write(f"step {step}: " + ", ".join(f"{name} {line[name]:.4g}" for name in line if name.endswith(shown)))
+
+
+def check_weights(model, args):
+    """Fails where the last step has made a weight NaN or infinite, before it is saved."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        fail(f"the weights are no longer finite; lower --learning_rate. No model was written to {args.out}")
+
+
+def save_checkpoint(engine, args, state):
+    """Writes <out>/checkpoint/step<k> whole or not at all, then deletes the one before it."""
+    check_weights(engine.module, args)
+    folder, state["log_size"] = f"{args.out}/checkpoint", os.path.getsize(f"{args.out}/log.jsonl")
+    engine.save_checkpoint(folder, tag="partial", client_state=state, save_latest=False)
+    if dist.get_rank() == 0:
+        before = glob.glob(f"{folder}/step*")
+        os.replace(f"{folder}/partial", f"{folder}/step{state['step']}")
+        for path in before:
+            shutil.rmtree(path)
+
+
+def save_model(lm, tokenizer, args):
+    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes."""
+    check_weights(lm, args)
+    if dist.get_rank() == 0:
+        partial = f"{args.out}/partial"
+        lm.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for name in os.listdir(partial):
+            os.replace(f"{partial}/{name}", f"{args.out}/{name}")
+        os.rmdir(partial)
+        shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
+        print(f"{args.out}: model, tokenizer, args.json and log.jsonl written")
 
 
 def fail(message):
@@ -208,33 +328,37 @@ def fail(message):
     sys.exit(2)
 
 
-def check_flags(args, folder, *may_be_zero):
-    """Fails where a flag's number is not above 0 and finite (those named in `may_be_zero` may be 0), or where the folder that
-    the run writes to cannot be made and written: before the run is paid for."""
+@contextmanager
+def reading(what, mend):
+    """Turns any error inside into one line for the user: libraries raise anything where a file is damaged."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.200}); {mend}")
+
+
+def check_flags(args, *may_be_zero):
+    """Fails where a number is not above 0 and finite. Those in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
         for value in values if isinstance(values, list) else [values]:
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in (
+                    "seed", "local_rank", *may_be_zero)):
                 fail(f"--{name} {value}: give a number {'of 0 or more' if name in may_be_zero else 'above 0'}")
-    try:
-        os.makedirs(folder or ".", exist_ok=True)
-        if not os.access(folder or ".", os.W_OK):
-            raise PermissionError("it cannot be written")
-    except OSError as error:
-        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
 
 
 def init_process():
-    """Joins the processes that `deepspeed` started, or is the only one under `python`; returns (device, rank, world size)."""
+    """Joins the processes that `deepspeed` started, or under `python` is the only one: (device, rank, world size)."""
     if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ |= alone
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()  # it would report score.weight as unexpected; missing weights end the run below
+    transformers.logging.set_verbosity_error()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        # DeepSpeed would compile a C++ all-reduce for CPUs here, and crash where there is no compiler; gloo does it too
+        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash where there is no compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
             here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
@@ -243,38 +367,38 @@ def init_process():
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def read_jsonl(path, *keys):
-    """The rows (dicts) of a JSONL file in file order; each must carry `keys`: text, or for `prompt` also messages."""
-    def is_prompt(value):
-        return bool(value) and (isinstance(value, str) or isinstance(value, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in value))
+def sha256(path):
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    rows = []
+
+def read_jsonl(path, *keys):
+    """Yields the rows (dicts) of a JSONL file. Each must hold text under `keys`; a `prompt` may be a list of messages."""
+    number = 0
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line")
+                row = json.loads(line)
                 for key in keys:
-                    value = row.get(key) if isinstance(row, dict) else None
-                    if not (is_prompt(value) if key == "prompt" else isinstance(value, str)):
-                        fail(f"{path}, line {number}: no `{key}` text; every row needs {', '.join(keys)}, and a `prompt` of "
-                             "messages a `role` and a `content` in each")
-                rows.append(row)
+                    texts = [row[key]]
+                    if key == "prompt" and isinstance(row[key], list):
+                        texts = [turn[name] for turn in row[key] for name in ("role", "content")]
+                    if not all(isinstance(text, str) for text in texts) or key == "prompt" and not row[key]:
+                        raise TypeError(f"`{key}` holds no text")
+                yield row
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot read it ({error}); name an existing UTF-8 JSONL file")
-    return rows or fail(f"{path}: it holds no rows")
+        fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with the text {', '.join(keys)}")
+    if not number:
+        fail(f"{path}: it holds no rows")
 
 
 def load_tokenizer(folder):
     """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
-    try:
+    with reading(folder, "give a model folder with its tokenizer, or a hub name"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        fail(f"{folder}: no tokenizer there ({error!r:.150}); give a model folder or a hub name")
     if tokenizer.eos_token_id is None:
         fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -286,32 +410,28 @@ def load_tokenizer(folder):
     return tokenizer
 
 
-def load_model(folder, pad_token_id):
-    """The folder's causal LM in fp32 (DeepSpeed casts it), with SDPA attention and without dropout."""
-    try:
+def load_model(folder):
+    """The folder's tokenizer and causal LM: in fp32 (DeepSpeed casts it), with SDPA attention, without dropout."""
+    tokenizer = load_tokenizer(folder)
+    with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
         config = AutoConfig.from_pretrained(folder)
         for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):  # OPT's dropout is functional: only the config turns it off
+            if "drop" in name and isinstance(value, float):  # OPT's dropout is functional: only the config ends it
                 setattr(config, name, 0.0)
-        config.pad_token_id = pad_token_id
-        model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
-                                                           attn_implementation="sdpa", output_loading_info=True)
-    except Exception as error:
-        fail(f"--model {folder}: no causal LM there ({error!r:.150}); give a model folder or a hub name")
-    if info["missing_keys"]:
-        fail(f"--model {folder}: its weights lack {sorted(info['missing_keys'])[0]}; give the folder of a whole causal LM")
-    model.get_input_embeddings().padding_idx = None  # a pad token that is a word too, as BOS, learns like any other
-    return model.train()
+        config.pad_token_id = tokenizer.pad_token_id
+        lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
+                                                        attn_implementation="sdpa", output_loading_info=True)
+        assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
+    lm.get_input_embeddings().padding_idx = None  # a pad token that is a word too, as BOS, learns like any other
+    return tokenizer, lm.train()
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template where there is one, else its text after one BOS."""
+    """Token ids of a prompt, text or messages: by the chat template if there is one, else its text after one BOS."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
+        with reading(f"the prompt {str(prompt):.80}", "the chat template refuses it: mend or drop that row"):
             return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # jinja's, or the template's own
-            fail(f"the tokenizer's chat template refuses the prompt {str(prompt):.80} ({error!r:.100}); mend or drop that row")
     if not isinstance(prompt, str):
         names = {"user": "Human", "assistant": "Assistant"}
         turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
@@ -321,141 +441,10 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart, so that no token spans both; the space
-    that parts a response from a plain-text prompt has no place behind a chat template's."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The space
+    that a response to a plain-text prompt starts with goes where a chat template stands before it."""
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-
-
-def make_engine(model, args, device, max_steps):
-    """DeepSpeed's engine around the model: AdamW, linear warm-up and cosine to 0, and what --deepspeed_config says."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=args.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, args.warmup_steps, max_steps))
-    try:
-        with open(args.deepspeed_config) as file:
-            config = json.load(file)
-        config.update(train_batch_size=args.batch_size, train_micro_batch_size_per_gpu=args.micro_batch_size,
-                      steps_per_print=2**31, gradient_clipping=float(config.get("gradient_clipping", 0)))
-        if device.type == "cpu":
-            config["bf16"] = {"enabled": False}  # 3 times slower than fp32 there
-        if config["zero_optimization"]["stage"] not in (1, 2):  # 3 leaves no whole model to read a head from, or to save
-            raise ValueError("zero_optimization.stage must be 1 or 2")
-        alone = device.type == "cpu" and dist.get_world_size() == 1
-        if alone:  # nothing to share out, and the weights are fp32 as they are: ZeRO would only copy weights and gradients
-            config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": config["gradient_clipping"] or math.inf}
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
-        if alone:  # DeepSpeed's own clipping, which forgets the norm, and no all-reduce
-            engine.clip_fp32_gradients = lambda: setattr(optimizer, "_global_grad_norm", torch.nn.utils.clip_grad_norm_(
-                model.parameters(), engine.gradient_clipping()))
-            engine.enable_backward_allreduce = False
-        return engine
-    except RuntimeError:  # out of memory, or NCCL's: not the file's fault
-        raise
-    except Exception as error:
-        fail(f"--deepspeed_config {args.deepspeed_config}: cannot use it ({error!r:.200}); start from the ds_config.json that "
-             "stands beside this script")
-
-
-def schedule_factor(step, warmup_steps, max_steps):
-    """The learning rate of step 0, 1, ... as a share of its peak: linear warm-up, then a cosine that ends at 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
-
-
-def start_run(engine, args):
-    """(step to start from, what the run is). Without --resume step 0; with it the last checkpoint's, whose weights and
-    optimizer are loaded and behind which log.jsonl is cut off. Writes <out>/args.json."""
-    with open(args.data, "rb") as file:
-        run = {**vars(args), "processes": dist.get_world_size(), "data_sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-               "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-    step, lines = 0, []
-    if args.resume:
-        if not os.path.exists(f"{args.out}/checkpoint/latest"):
-            fail(f"--resume: {args.out}/checkpoint holds no checkpoint; start without --resume")
-        try:
-            with open(f"{args.out}/args.json") as file:
-                before = dict(json.load(file))
-        except Exception as error:
-            fail(f"--resume: {args.out}/args.json is damaged ({error!r:.200}); put back a copy, or start without --resume")
-        may_change = "resume local_rank log_steps eval_steps save_steps micro_batch_size gradient_checkpointing started".split()
-        for name, value in run.items():
-            if name not in may_change and value != before.get(name):
-                fail(f"--resume: {name} was {before.get(name)} and is now {value}; go on with what the run began with")
-        try:
-            state = engine.load_checkpoint(f"{args.out}/checkpoint")[1]
-            step, run["started"] = state["step"], state["run"]["started"]
-            with open(f"{args.out}/log.jsonl") as file:
-                lines = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        except Exception as error:
-            fail(f"--resume: {args.out}/checkpoint or log.jsonl is damaged ({error!r:.200}); put back a copy, or start without "
-                 "--resume, which writes over them")
-        if before.get("started") != run["started"]:
-            fail(f"--resume: {args.out}/checkpoint is of the run of {run['started']}, and that of {before.get('started')} has "
-                 "saved none; start without --resume")
-    if dist.get_rank() == 0:
-        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
-        for name, text in ("args.json", json.dumps({**run, "versions": versions}, indent=2)), ("log.jsonl", "".join(lines)):
-            with open(f"{args.out}/{name}.partial", "w") as file:
-                file.write(text)
-            os.replace(f"{args.out}/{name}.partial", f"{args.out}/{name}")
-    return step, run
-
-
-def log(args, step, metrics, prefix="", **figures):
-    """Appends a line to <out>/log.jsonl and prints its main figures, on rank 0: each metric's mean over pairs (of the held-out
-    ones without those that are NaN for want of Oracle rewards), and the figures. Fails where the loss is not finite."""
-    line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
-                             if not (prefix and value.isnan().all())}, **figures}
-    if not math.isfinite(line.get("loss", 0.0)):
-        print(file=sys.stderr)  # ends the bar's line
-        fail(f"step {step}: the loss is {line['loss']}; lower --learning_rate. {args.out}/checkpoint, if any, is as it was")
-    if dist.get_rank() == 0:
-        with open(f"{args.out}/log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-        tqdm.write(f"step {step}: " + ", ".join(f"{name} {line[name]:.4g}" for name in line if name.endswith(shown)))
-
-
-def speed(tokens, start, device):
-    """Tokens a second since `start`, and the most memory this process has held: the GPU's, or else what is resident."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident
-    return {"tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
-
-
-def check_weights(model, args):
-    """Fails where the last step has made a weight NaN or infinite, before it is saved."""
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        print(file=sys.stderr)  # ends the bar's line
-        fail(f"the weights are no longer finite; lower --learning_rate. No model was written to {args.out}")
-
-
-def save_checkpoint(engine, args, step, run):
-    """Writes <out>/checkpoint/step<step>; the checkpoint before it goes once this one is whole."""
-    check_weights(engine.module, args)
-    folder = f"{args.out}/checkpoint"
-    engine.save_checkpoint(folder, tag=f"step{step}", client_state={"step": step, "run": run})
-    if dist.get_rank() == 0:
-        for name in os.listdir(folder):
-            if name.startswith("step") and name != f"step{step}":
-                shutil.rmtree(f"{folder}/{name}")
-
-
-def save_model(lm, tokenizer, args):
-    """Writes model and tokenizer beside their place in <out>, then moves each file there; on rank 0."""
-    check_weights(lm, args)
-    if dist.get_rank() == 0:
-        partial = f"{args.out}/partial"
-        lm.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        for name in os.listdir(partial):
-            os.replace(f"{partial}/{name}", f"{args.out}/{name}")
-        os.rmdir(partial)
-        print(f"{args.out}: model, tokenizer, args.json and log.jsonl written")
 
 
 if __name__ == "__main__":
