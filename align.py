@@ -1,7 +1,7 @@
 """Aligns an SFT policy to preferences, offline: DRDO (arXiv 2410.08458), DPO, e-DPO or IPO.
 
 In:   out/sft, data/all/train.jsonl (prompt, chosen, rejected); for drdo and edpo the Oracle's rewards.pt
-Out:  out/<loss>/: model and tokenizer, DRDO's reward head (score.safetensors), args.json, log.jsonl, checkpoint/
+Out:  out/<loss>/: model, tokenizer, score.safetensors (DRDO's reward head), args.json, log.jsonl, checkpoint/
 
     deepspeed align.py --loss drdo --oracle_rewards rewards.pt
     deepspeed align.py --loss dpo --beta 0.1
@@ -9,15 +9,15 @@ Out:  out/<loss>/: model and tokenizer, DRDO's reward head (score.safetensors), 
     deepspeed --num_gpus 2 align.py --loss drdo --oracle_rewards rewards.pt --gradient_checkpointing
     deepspeed align.py --loss drdo --oracle_rewards rewards.pt --resume  # from the last checkpoint
 
-The way of one pair: read_jsonl -> read_pairs (encode_prompt, encode_response) -> collate -> PairModel (pair_mask,
-losses.response_logps, losses.last_token_rewards) -> loss_and_metrics (losses.py) -> engine.backward, engine.step.
+The way of one pair: read_jsonl -> read_pairs (encode_prompt, encode_response) -> collate -> PairModel
+(pair_mask, response_logps, last_token_rewards) -> loss_and_metrics (losses.py) -> engine.backward and step.
 
-One model is in memory. precompute_rewards.py has computed the Oracle's rewards before. DRDO has no reference model.
-The reference of DPO, e-DPO and IPO is the policy before its first step: its log-probs are taken once, at the start.
+One model is in memory. The Oracle is not: precompute_rewards.py has computed its rewards. DRDO has no
+reference model. That of DPO, e-DPO and IPO is the policy before its first step: its log-probs are taken once.
 
-Where this departs from the paper: AdamW is torch's (theirs is partly paged). A step takes 64 pairs, as their text
-says (their Table 6 makes 96). Prompts are not cut at 512 tokens; pairs over --max_length are dropped. Biases and
-norms are not decayed. Dropout is off. tests/PAPER.md lists every choice that the paper leaves open.
+Where this departs from the paper: AdamW is torch's (theirs is partly paged). A step takes 64 pairs, as their
+text says (their Table 6 makes 96). Prompts are not cut at 512 tokens; pairs over --max_length are dropped.
+Biases and norms are not decayed. Dropout is off. tests/PAPER.md lists every choice that the paper leaves.
 """
 import argparse
 import functools
@@ -52,22 +52,22 @@ def parse_args():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
     flag = parser.add_argument_group("method").add_argument
-    flag("--loss", required=True, choices=["drdo", "dpo", "edpo", "ipo"], help="Eq. 6, 3, 4, or IPO (arXiv 2310.12036)")
-    flag("--oracle_rewards", help="drdo (the mean of K Oracles), edpo: rewards.pt of --data by precompute_rewards.py")
+    flag("--loss", required=True, choices=["drdo", "dpo", "edpo", "ipo"], help="Eq. 6, Eq. 3, Eq. 4, IPO")
+    flag("--oracle_rewards", help="drdo, edpo: rewards.pt of --data. drdo takes the mean of its Oracles")
     flag("--eval_oracle_rewards", help="the same of --eval_data; without it drdo and edpo evaluate no loss")
     flag("--alpha", type=float, default=0.1, help="drdo: weight of the contrastive log-unlikelihood")
     flag("--gamma", type=float, default=2.0, help="drdo: focal exponent of (1 - p_w)")
     flag("--beta", type=float, default=0.1, help="scale of the log-prob rewards (all but drdo with a head)")
     flag("--ensemble", choices=["mean", "min"], default="mean",
          help="edpo: distil the mean of the reward models, or for each pair the nearest one")
-    flag = parser.add_argument_group("readings of Eq. 6 (the paper's is the default), and controls").add_argument
+    flag = parser.add_argument_group("readings of Eq. 6 (default: the paper's), controls").add_argument
     flag("--student_rewards", choices=["head", "logps", "log_ratio"], default="head",
-         help="drdo: r^ is a linear head at the last response token; beta * log pi(y|x); or that less its value at "
-              "the start, which is no longer reference-free")
+         help="drdo: r^ is a linear head at the last response token; beta * log pi(y|x); or that less its "
+              "value at the start, which is no longer reference-free")
     flag("--p_w", choices=["sum", "mean"], default="sum", help="drdo: p_w of summed or of mean log-probs")
-    flag("--detach_focal", action="store_true", help="drdo: no gradient through (1 - p_w)^gamma, as Appendix A.5")
+    flag("--detach_focal", action="store_true", help="drdo: no gradient through (1 - p_w)^gamma (A.5)")
     flag("--unit_oracle", action="store_true",
-         help="drdo, edpo: divide the Oracle's rewards by the std of their differences over the training pairs")
+         help="drdo, edpo: divide the Oracle's rewards by the std of their differences on the training pairs")
     flag("--nll_coef", type=float, default=0.0, help="add so much of -log pi(y_w|x), summed, to any loss")
     flag = parser.add_argument_group("data and model").add_argument
     flag("--model", default="out/sft", help="the SFT policy: a folder or a hub name")
@@ -77,7 +77,7 @@ def parse_args():
     flag("--max_length", type=int, default=1024, help="drop pairs whose prompt + response has more tokens")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--batch_size", type=int, default=64, help="pairs an optimizer step, over all processes")
-    flag("--micro_batch_size", type=int, help="pairs a forward pass, on one process (default: 8, or the next divisor)")
+    flag("--micro_batch_size", type=int, help="pairs a forward pass, on one process (default: 8, or less)")
     flag("--learning_rate", type=float, default=5e-6, help="peak, after warm-up; then cosine to 0")
     flag("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
     flag("--warmup_steps", type=int, help="linear warm-up (default: a tenth of the run, at most 100)")
@@ -87,7 +87,7 @@ def parse_args():
     flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, bf16 (off on a CPU), clipping")
     flag = parser.add_argument_group("logging and checkpoints").add_argument
     flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
-    flag("--eval_rows", type=int, default=1000, help="evaluate on the first rows of --eval_data, so many; 0: on all")
+    flag("--eval_rows", type=int, default=1000, help="evaluate on so many rows of --eval_data; 0: on all")
     flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
     flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
     flag("--resume", action="store_true", help="go on from <out>/checkpoint; repeat its run's flags")
@@ -113,27 +113,26 @@ def main():
     pairs, oracle = load_split(args.data, args.oracle_rewards, tokenizer, args)
     eval_pairs, eval_oracle = [], torch.empty(1, 0, 2)
     if args.eval_data:
-        eval_pairs, eval_oracle = load_split(args.eval_data, args.eval_oracle_rewards, tokenizer, args, args.eval_rows)
+        eval_pairs, eval_oracle = load_split(args.eval_data, args.eval_oracle_rewards, tokenizer, args,
+                                              args.eval_rows)
     if args.unit_oracle:
         std = (oracle[..., 0] - oracle[..., 1]).mean(0).std()
         oracle, eval_oracle = oracle / std, eval_oracle / std
     row_tokens = np.array([sum(map(len, pair)) for pair in pairs])  # (N,)
     response_tokens, eval_response_tokens = (  # (N, 2), EOS included
-        torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in split]) for split in (pairs, eval_pairs))
+        torch.tensor([[len(w), len(l)] for _, w, l in split]) for split in (pairs, eval_pairs))
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
     max_steps = len(steps)
 
     # ---- model, optimizer, engine
-    score = None
-    if args.loss == "drdo" and args.student_rewards == "head":
-        score = reward_head(lm)
+    score = reward_head(lm) if args.loss == "drdo" and args.student_rewards == "head" else None
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PairModel(lm, score)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
-                                   {"params": vectors, "weight_decay": 0.0}], lr=args.learning_rate, fused=True)
+    groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (  # warm-up, then a cosine to 0
         (step + 1) / args.warmup_steps if step < args.warmup_steps else
         0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
@@ -145,16 +144,18 @@ def main():
 
     # ---- the reference's log pi(y|x), (N, 2): the policy's own before its first step. DRDO reads none: NaN
     if state["step"] == 0:
-        state["reference"], state["eval_reference"] = (torch.full((len(split), 2), math.nan) for split in (pairs, eval_pairs))
+        state |= {"reference": torch.full((len(pairs), 2), math.nan),
+                  "eval_reference": torch.full((len(eval_pairs), 2), math.nan)}
         if args.loss != "drdo" or args.student_rewards == "log_ratio":
             state["reference"] = score_all(model, pairs, args, to_batch, "reference", np.unique(steps))[0]
             state["eval_reference"] = score_all(model, eval_pairs, args, to_batch, "reference")[0]
-    reference = state["reference"]
+    reference, eval_reference = state["reference"], state["eval_reference"]
 
     # ---- training
     window, tokens, start = [], 0, time.time()
-    bar = tqdm(steps[state["step"]:], f"align {args.loss}", initial=state["step"], total=max_steps, disable=rank > 0)
-    for step, rows in enumerate(bar, state["step"] + 1):
+    done = state["step"]
+    bar = tqdm(steps[done:], f"align {args.loss}", initial=done, total=max_steps, disable=rank > 0)
+    for step, rows in enumerate(bar, done + 1):
         learning_rate = optimizer.param_groups[0]["lr"]
         for micro in rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]:
             logps, rewards = engine(**to_batch([pairs[i] for i in micro]))
@@ -165,36 +166,40 @@ def main():
             window.append(metrics)
         tokens += row_tokens[rows].sum()
 
-        if step in (1, max_steps) or any(n and step % n == 0 for n in (args.log_steps, args.eval_steps, args.save_steps)):
-            log(args, step, gather(window), epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
-                **engine_figures(engine, tokens, start))
-            if eval_pairs and (step % args.eval_steps == 0 or step == max_steps):
+        log_steps, eval_steps, save_steps = args.log_steps, args.eval_steps, args.save_steps or math.inf
+        if step in (1, max_steps) or 0 in (step % log_steps, step % eval_steps, step % save_steps):
+            log(args, step, window, engine, epoch=step * args.batch_size / len(pairs),
+                learning_rate=learning_rate, tokens_per_second=tokens / (time.time() - start))
+            if step == 1 and args.student_rewards == "logps" and rank == 0:
+                warn_if_quiet(window, args)
+            if eval_pairs and (step % eval_steps == 0 or step == max_steps):
                 scores = score_all(model, eval_pairs, args, to_batch, "evaluating")
-                log(args, step, loss_and_metrics(args, *scores, state["eval_reference"], eval_oracle, eval_response_tokens)[1],
-                    "eval_")
-            if args.save_steps and step % args.save_steps == 0:
+                held_out = eval_reference, eval_oracle, eval_response_tokens
+                log(args, step, [loss_and_metrics(args, *scores, *held_out)[1]], prefix="eval_")
+            if step % save_steps == 0:
                 save_checkpoint(engine, args, state | {"step": step})
             window, tokens, start = [], 0, time.time()
-    if score and rank == 0:  # beside the model: programs that serve a causal LM refuse a tensor that it does not have
+    if score and rank == 0:  # beside the model: programs that serve causal LMs refuse a tensor too many
         save_file({"score.weight": score.weight.data}, f"{args.out}/score.safetensors.partial")
         os.replace(f"{args.out}/score.safetensors.partial", f"{args.out}/score.safetensors")
     save_model(lm, tokenizer, args)
     dist.destroy_process_group()
 
 
-# ---- the loss. Add your own here, to --loss, and to losses.py --------------------------------------------------
+# ---- the loss: add your own here, to --loss and to losses.py ---------------------------------------------
 
 
 def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
-    """The loss of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l is rejected.
+    """The loss of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l rejected.
 
     logps: log pi(y|x) of (w, l), (B, 2), summed over tokens. rewards: of the student's head, (B, 2), or None.
-    reference: the reference's log pi(y|x), (B, 2). oracle: the Oracles' rewards, (K, B, 2). response_tokens: (B, 2).
+    reference: the reference's log pi(y|x), (B, 2). oracle: the Oracles' rewards, (K, B, 2).
+    response_tokens: (B, 2).
     """
     logps_w, logps_l = logps.unbind(1)  # (B,)
     ref_w, ref_l = reference.unbind(1)
     oracle_w, oracle_l = oracle.unbind(2)  # (K, B)
-    student_w, student_l = args.beta * (logps_w - ref_w), args.beta * (logps_l - ref_l)  # DPO's implicit rewards
+    student_w, student_l = args.beta * (logps_w - ref_w), args.beta * (logps_l - ref_l)  # DPO's own rewards
     metrics = {}
     if args.loss == "dpo":
         loss = dpo_loss(logps_w, logps_l, ref_w, ref_l, args.beta)
@@ -219,12 +224,13 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
     loss = loss - args.nll_coef * logps_w
 
     metrics |= {"loss": loss, "rewards/chosen": student_w, "rewards/rejected": student_l,
-                "rewards/accuracies": (student_w > student_l).float(), "rewards/margins": student_w - student_l,
-                "logps/chosen": logps_w, "logps/rejected": logps_l, "response_length": response_tokens.float().mean(1)}
+                "rewards/accuracies": (student_w > student_l).float(),
+                "rewards/margins": student_w - student_l, "logps/chosen": logps_w, "logps/rejected": logps_l,
+                "response_length": response_tokens.float().mean(1)}
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-# ---- the model: a pair in one row ------------------------------------------------------------------------------
+# ---- the model: a pair in one row ------------------------------------------------------------------------
 
 
 class PairModel(torch.nn.Module):
@@ -235,8 +241,8 @@ class PairModel(torch.nn.Module):
         self.lm, self.score = lm, score
 
     def forward(self, input_ids, position_ids, segments, last, num_logps=2):
-        """(logps, rewards) of (chosen, rejected), (B, 2) each; rewards is None without a head. With num_logps 1 or 0
-        logps are of the chosen responses, (B, 1), or of none, (B, 0)."""
+        """(logps, rewards) of (chosen, rejected), (B, 2) each; rewards is None without a head. With num_logps
+        1 logps are of the chosen response alone, (B, 1); with 0 of none, (B, 0)."""
         hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
                                     attention_mask=pair_mask(segments)).last_hidden_state  # (B, T, H)
         logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_logps)
@@ -244,12 +250,12 @@ class PairModel(torch.nn.Module):
 
 
 def collate(pairs, pad_token_id, device):
-    """A batch of rows [prompt less its last token | last + chosen | last + rejected], padded right, integer tensors.
+    """A batch of rows [prompt less its last token | last + chosen | last + rejected], padded right.
 
-    `last + chosen`: each response starts with a copy of the prompt's last token, at that token's position. So every
-    token is predicted by its left neighbour, and the rejected response continues the prompt, not the chosen one.
-    Returns input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding), (B, T) each, and `last`,
-    the positions of the two EOS, (B, 2): a reward is read there.
+    `last + chosen`: each response starts with a copy of the prompt's last token, at that token's position. So
+    every token is predicted by its left neighbour, and the rejected response continues the prompt. Returns
+    integer tensors: input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding), (B, T);
+    `last`, the positions of the two EOS, (B, 2). A reward is read at EOS.
     """
     shape = len(pairs), 1 + max(sum(map(len, pair)) for pair in pairs)
     input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
@@ -265,8 +271,8 @@ def collate(pairs, pad_token_id, device):
 
 
 def pair_mask(segments):
-    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). It is causal, and each response
-    sees the prompt and itself. Padding sees padding, since a query that sees no key gives NaN."""
+    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). It is causal, and a
+    response sees the prompt and itself. Padding sees padding, since a query that sees no key gives NaN."""
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     query, key = segments[:, :, None], segments[:, None, :]
     return (causal & ((key == 0) | (key == query)))[:, None]
@@ -274,16 +280,16 @@ def pair_mask(segments):
 
 @torch.no_grad()
 def check_layout(lm, pair, to_batch, args):
-    """Fails where the model's own forward on prompt + response gives other log-probs than the row of a pair does: a
-    model that ignores 4D masks, scales its logits, or slides a window that is shorter than prompt + response."""
-    tolerance = 1e-3 if lm.dtype == torch.float32 else 0.05  # a token; bf16 keeps 8 bits
+    """Fails where the model's own forward on prompt + response gives other log-probs than the row of a pair.
+    Such a model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
     for response, logp in zip(pair[1:], PairModel(lm)(**to_batch([pair]))[0][0]):
         ids = torch.as_tensor(np.concatenate([pair[0], response]), dtype=torch.long, device=logp.device)
         logits = lm(ids[None]).logits[0, len(pair[0]) - 1:-1].float()  # (R, V)
         own = logits.log_softmax(-1).gather(-1, ids[len(pair[0]):, None]).sum()
-        if not abs(own - logp) <= tolerance * len(response):  # NaN too
-            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward and "
-                 f"{logp:.2f} in the row of a pair; train another model type, or try a smaller --max_length")
+        tolerance = 0.001 * len(response) if lm.dtype.itemsize >= 4 else 0.5 + 0.05 * len(response)  # bf16
+        if not abs(own - logp) <= tolerance:  # NaN too
+            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward "
+                 f"and {logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
 
 
 def reward_head(lm):
@@ -296,8 +302,8 @@ def reward_head(lm):
 
 @torch.no_grad()
 def score_all(model, pairs, args, to_batch, description, rows=None):
-    """(logps, rewards) of the pairs, (N, 2) each, on the CPU; 0 for those that are not among `rows`. Rows are sorted
-    by length and shared out among the processes."""
+    """(logps, rewards) of the pairs, (N, 2) each, on the CPU; 0 in all but `rows`, where given. The pairs are
+    sorted by length and shared out among the processes."""
     scores = torch.zeros(2, len(pairs), 2, device=next(model.parameters()).device)
     order = sorted(range(len(pairs)) if rows is None else rows, key=lambda i: -sum(map(len, pairs[i])))
     micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
@@ -310,52 +316,61 @@ def score_all(model, pairs, args, to_batch, description, rows=None):
     return scores.cpu()
 
 
-# ---- data ------------------------------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------------
+
+
+def warn_if_quiet(window, args):
+    """Warns where the Oracle's differences spread little beside the student's, on the first step's pairs."""
+    oracle, student = (torch.cat([m[name] for m in window]).std()
+                       for name in ("oracle/margins", "rewards/margins"))
+    if oracle < 5 * student:
+        tqdm.write(f"warning: the Oracle's differences spread {oracle / student:.2f} times as wide as the "
+                   f"student's; below about 5 the policy flattens its log-probs: lower --beta {args.beta}")
 
 
 def load_split(path, rewards_path, tokenizer, args, limit=0):
-    """The pairs of a preference file (of its first `limit` rows), and their Oracle rewards, (K, N, 2), NaN without a
-    rewards.pt. Drops pairs over --max_length, and pairs that were too long for an Oracle (NaN in its rewards.pt)."""
+    """The pairs of a preference file (of its first `limit` rows), and their Oracle rewards, (K, N, 2) or NaN.
+    Drops pairs over --max_length and pairs that were too long for an Oracle, NaN in rewards.pt."""
     pairs, rows = read_pairs(path, tokenizer, args.max_length, limit)
     if not rewards_path or args.loss not in ("drdo", "edpo"):
         return pairs, torch.full((1, len(pairs), 2), math.nan)
     mend = f"run precompute_rewards.py --data {path} --out {rewards_path}"
     with reading(rewards_path, mend):
         saved = torch.load(rewards_path, weights_only=True)
-        oracle, scored_file = torch.stack([saved["chosen"], saved["rejected"]], dim=-1).float(), saved["data_sha256"]
-        assert oracle.ndim == 3 and len(oracle), f"its rewards have shape {tuple(oracle.shape)}, not (K, N, 2)"
-    if scored_file != sha256(path):
-        fail(f"{rewards_path} scores a file of sha256 {scored_file}, but {path} has sha256 {sha256(path)}; {mend}")
+        oracle = torch.stack([saved["chosen"], saved["rejected"]], dim=-1).float()  # (K, rows of the file, 2)
+        of_file = saved["data_sha256"]
+        assert oracle.ndim == 3 and len(oracle), f"rewards of shape {tuple(oracle.shape)}, not (K, N, 2)"
+    if of_file != sha256(path):
+        fail(f"{rewards_path} scores a file of sha256 {of_file}, but {path} has {sha256(path)}; {mend}")
     scored = oracle[:, rows].isfinite().all(2).all(0)  # (N,)
     if dist.get_rank() == 0 and not scored.all():
-        print(f"{path}: {int((~scored).sum())} pairs without rewards dropped (precompute_rewards.py --max_length)")
+        print(f"{path}: {int((~scored).sum())} pairs dropped: too long for an Oracle")
     return [pair for pair, keep in zip(pairs, scored) if keep], oracle[:, rows[scored]]
 
 
 def read_pairs(path, tokenizer, max_length, limit=0):
-    """Token ids (prompt, chosen, rejected) of the pairs that fit in max_length, and their row numbers, (N,) each."""
+    """Token ids (prompt, chosen, rejected) of the pairs that fit in max_length, and their row numbers."""
     pairs, rows, number = [], [], 0
     stream = islice(read_jsonl(path, "prompt", "chosen", "rejected"), limit or None)
     for number, row in enumerate(tqdm(stream, "tokenising", unit=" rows", disable=dist.get_rank() > 0), 1):
         prompt = encode_prompt(tokenizer, row["prompt"])
-        chosen, rejected = encode_response(tokenizer, row["chosen"]), encode_response(tokenizer, row["rejected"])
+        chosen, rejected = (encode_response(tokenizer, row[key]) for key in ("chosen", "rejected"))
         if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
             pairs.append([np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)])
             rows.append(number - 1)
     if not pairs:
-        fail(f"{path}: all {number} pairs have more than --max_length {max_length} tokens (or the model's positions); "
-             "raise it")
+        fail(f"{path}: all {number} pairs have over --max_length {max_length} tokens, or model positions")
     if dist.get_rank() == 0:
-        print(f"{path}: {len(pairs)} pairs, {number - len(pairs)} over --max_length {max_length} tokens dropped")
+        print(f"{path}: {len(pairs)} pairs, {number - len(pairs)} over --max_length {max_length} dropped")
     return pairs, np.array(rows)
 
 
-# ---- training and files: the stages share what follows to the letter (tests/test_copies.py) ---------------------
+# ---- training and files: the stages share what follows to the letter (tests/test_copies.py) --------------
 
 
 def plan_steps(row_tokens, args):
-    """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor --resume
-    change them. Within a step the longest come first, so that a micro-batch holds little padding.
+    """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor
+    --resume change them. Within a step the longest come first, so that a micro-batch holds little padding.
     Sets the defaults of --micro_batch_size and --warmup_steps."""
     num_rows, world_size = len(row_tokens), dist.get_world_size()
     share = max(1, args.batch_size // world_size)  # of one process
@@ -371,7 +386,7 @@ def plan_steps(row_tokens, args):
     epochs, per_epoch = max_steps * args.batch_size / num_rows, num_rows // args.batch_size
     args.warmup_steps = min(100, max_steps // 10) if args.warmup_steps is None else args.warmup_steps
     if dist.get_rank() == 0:
-        print(f"{max_steps} steps of {args.batch_size}: {epochs:.2f} epochs, {args.warmup_steps} steps of warm-up"
+        print(f"{max_steps} steps of {args.batch_size}: {epochs:.2f} epochs, {args.warmup_steps} of warm-up"
               + "\nwarning: a run of over 10 epochs memorises its data; lower --max_steps" * (epochs > 10))
     orders = [np.random.default_rng((args.seed, epoch)).permutation(num_rows)[:per_epoch * args.batch_size]
               for epoch in range(math.ceil(max_steps / per_epoch))]
@@ -380,9 +395,9 @@ def plan_steps(row_tokens, args):
 
 
 def deepspeed_config(args, device, optimizer):
-    """--deepspeed_config as a dict, with this run's batch sizes. One CPU process runs without ZeRO: it has nothing to
-    share out, and ZeRO would copy weights and gradients."""
-    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json beside this script"):
+    """--deepspeed_config as a dict, with this run's batch sizes. One CPU process runs without ZeRO: it has
+    nothing to share out, and ZeRO would copy weights and gradients."""
+    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json given here"):
         with open(args.deepspeed_config) as file:
             config = json.load(file)
         clipping = float(config.get("gradient_clipping", 0))
@@ -402,77 +417,67 @@ def deepspeed_config(args, device, optimizer):
 
 
 def start_run(engine, args):
-    """What a checkpoint keeps beside weights and optimizer: flags and files of the run, the step, log.jsonl's size.
+    """What a checkpoint keeps beside weights and optimizer: the run's flags and files, step, and log's size.
 
-    --resume loads the newest checkpoint and cuts log.jsonl off where it was written. It refuses other flags, other
-    files and another number of processes. Without --resume a folder with a checkpoint is refused.
+    --resume loads the newest checkpoint and cuts log.jsonl off where that was written. It refuses other data,
+    another number of processes, and other flags but for `may_change`. Without it a checkpoint is refused.
     """
-    may_change = "resume local_rank log_steps eval_steps save_steps micro_batch_size gradient_checkpointing".split()
-    paths = [getattr(args, name, None) for name in ("data", "eval_data", "oracle_rewards", "eval_oracle_rewards")]
-    run = {**vars(args), "processes": dist.get_world_size(), "sha256": {path: sha256(path) for path in paths if path}}
-    state = {"run": run, "step": 0, "log_size": 0}
-    folder = f"{args.out}/checkpoint"
+    may_change = ["resume", "local_rank", "log_steps", "eval_steps", "save_steps", "micro_batch_size",
+                  "gradient_checkpointing"]
+    paths = {vars(args).get(name) for name in ("data", "eval_data", "oracle_rewards", "eval_oracle_rewards")}
+    files = {path: sha256(path) for path in paths if path}
+    run = vars(args) | {"processes": dist.get_world_size(), "sha256": files}
+    state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
     saved = sorted(glob.glob("step*", root_dir=folder), key=lambda name: int(name[4:]))
     if bool(saved) != args.resume:
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {folder}/{saved[-1]}", f"delete it, and start without --resume if {folder} is empty"):
+        with reading(f"--resume: {folder}/{saved[-1]}", "delete it to start anew"):
             state = engine.load_checkpoint(folder, tag=saved[-1])[1]
             before = state["run"]
         for name, value in run.items():
             if name not in may_change and value != before[name]:
-                fail(f"--resume: {name} was {before[name]} and is now {value}; go on with what the run began with")
+                fail(f"--resume: {name} was {before[name]} and is now {value}; go on as the run began")
     if dist.get_rank() == 0:
-        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
         os.makedirs(args.out, exist_ok=True)
+        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
         with open(f"{args.out}/args.json", "w") as file:
-            json.dump({**run, "versions": versions}, file, indent=2)
+            json.dump(run | {"versions": versions}, file, indent=2)
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.truncate(min(state["log_size"], file.tell()))
         print(f"{args.out}: from step {state['step']}")
     return state
 
 
-def gather(window):
-    """What every process logged of its pairs, a list of dicts of (B,) on each -> one dict of (pairs,) on the CPU."""
-    here = {name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
+def log(args, step, window, engine=None, prefix="", **figures):
+    """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
+
+    window: the metrics of this process's pairs, a list of dicts of (B,). What is NaN in every pair, for want
+    of Oracle rewards, is left out. With an engine it fails where the loss or a weight is not finite.
+    """
+    here = {prefix + name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
-    return {name: torch.cat([part[name] for part in everywhere]) for name in here}
-
-
-def engine_figures(engine, tokens, start):
-    """What is logged beside the metrics. tokens: how many the run has taken since `start`."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    used = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else resident
-    return {"grad_norm": float(engine.get_global_grad_norm()), "skipped_steps": engine.skipped_steps,
-            "tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
-
-
-def log(args, step, metrics, prefix="", **figures):
-    """Appends a line to <out>/log.jsonl, on rank 0: the mean of each metric over pairs, and the figures. Leaves out
-    what is NaN in every held-out pair, for want of Oracle rewards. Fails where the loss is not finite."""
-    line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
-                             if not (prefix and value.isnan().all())}, **figures}
-    if not math.isfinite(line.get("loss", 0.0)):
-        fail(f"step {step}: the loss is {line['loss']}; lower --learning_rate. A checkpoint in {args.out} is as it was")
+    means = {name: torch.cat([part[name] for part in everywhere]).mean().item() for name in here
+             if not here[name].isnan().all()}
+    if engine:
+        finite = all(weight.isfinite().all() for weight in engine.module.parameters())
+        if not finite or not math.isfinite(means.get("loss", math.nan)):
+            fail(f"step {step}: the loss or a weight is not finite; lower --learning_rate. It is not saved")
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        used = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else resident
+        figures |= {"grad_norm": float(engine.get_global_grad_norm()), "skipped_steps": engine.skipped_steps,
+                    "peak_memory_gb": used / 2**30}
     if dist.get_rank() == 0:
         with open(f"{args.out}/log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": step, **means, **figures}) + "\n")
         shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-        tqdm.write(f"step {step}: " + ", ".join(f"{name} {line[name]:.4g}" for name in line if name.endswith(shown)))
-
-
-def check_weights(model, args):
-    """Fails where the last step has made a weight NaN or infinite, before it is saved."""
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        fail(f"the weights are no longer finite; lower --learning_rate. No model was written to {args.out}")
+        tqdm.write(f"step {step}: " + ", ".join(f"{n} {means[n]:.4g}" for n in means if n.endswith(shown)))
 
 
 def save_checkpoint(engine, args, state):
     """Writes <out>/checkpoint/step<k> whole or not at all, then deletes the one before it."""
-    check_weights(engine.module, args)
     folder, state["log_size"] = f"{args.out}/checkpoint", os.path.getsize(f"{args.out}/log.jsonl")
     engine.save_checkpoint(folder, tag="partial", client_state=state, save_latest=False)
     if dist.get_rank() == 0:
@@ -484,7 +489,6 @@ def save_checkpoint(engine, args, state):
 
 def save_model(lm, tokenizer, args):
     """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes."""
-    check_weights(lm, args)
     if dist.get_rank() == 0:
         partial = f"{args.out}/partial"
         lm.save_pretrained(partial)
@@ -515,17 +519,16 @@ def reading(what, mend):
 def check_flags(args, *may_be_zero):
     """Fails where a number is not above 0 and finite. Those in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
+        zero_too = name in (*may_be_zero, "seed", "local_rank")
         for value in values if isinstance(values, list) else [values]:
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in (
-                    "seed", "local_rank", *may_be_zero)):
-                fail(f"--{name} {value}: give a number {'of 0 or more' if name in may_be_zero else 'above 0'}")
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
+                fail(f"--{name} {value}: give a number {'of 0 or more' if zero_too else 'above 0'}")
 
 
 def init_process():
-    """Joins the processes that `deepspeed` started, or under `python` is the only one: (device, rank, world size)."""
+    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)"""
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ |= alone
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     device = torch.device("cpu")
@@ -533,9 +536,9 @@ def init_process():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash where there is no compiler; gloo does it too
+        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
+        if "OMP_NUM_THREADS" not in os.environ:  # processes share the cores: none may take all of them
             here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
@@ -549,7 +552,7 @@ def sha256(path):
 
 
 def read_jsonl(path, *keys):
-    """Yields the rows (dicts) of a JSONL file. Each must hold text under `keys`; a `prompt` may be a list of messages."""
+    """Yields a JSONL file's rows (dicts). Each must hold text under `keys`; `prompt` may be chat messages."""
     number = 0
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -565,13 +568,13 @@ def read_jsonl(path, *keys):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with the text {', '.join(keys)}")
+        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with {', '.join(keys)}")
     if not number:
         fail(f"{path}: it holds no rows")
 
 
 def load_tokenizer(folder):
-    """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
+    """The folder's tokenizer, with a pad token that is not EOS: the last token that is no pad is then EOS."""
     with reading(folder, "give a model folder with its tokenizer, or a hub name"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
@@ -579,30 +582,31 @@ def load_tokenizer(folder):
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
         others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
-        others = [token for token in others if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
-        tokenizer.pad_token = others[0] if others else fail(
-            f"{folder}: its tokenizer has no pad token apart from EOS; set `pad_token` in its tokenizer_config.json")
+        others = [t for t in others if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
+        if not others:
+            fail(f"{folder}: its tokenizer has no pad token; set `pad_token` in its tokenizer_config.json")
+        tokenizer.pad_token = others[0]
     return tokenizer
 
 
 def load_model(folder):
-    """The folder's tokenizer and causal LM: in fp32 (DeepSpeed casts it), with SDPA attention, without dropout."""
+    """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), SDPA attention, no dropout."""
     tokenizer = load_tokenizer(folder)
     with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
         config = AutoConfig.from_pretrained(folder)
         for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):  # OPT's dropout is functional: only the config ends it
+            if "drop" in name and isinstance(value, float):  # OPT's is functional: only the config ends it
                 setattr(config, name, 0.0)
         config.pad_token_id = tokenizer.pad_token_id
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
-    lm.get_input_embeddings().padding_idx = None  # a pad token that is a word too, as BOS, learns like any other
+    lm.get_input_embeddings().padding_idx = None  # a pad token that is a word too learns like any other
     return tokenizer, lm.train()
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template if there is one, else its text after one BOS."""
+    """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         with reading(f"the prompt {str(prompt):.80}", "the chat template refuses it: mend or drop that row"):
@@ -616,11 +620,14 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The space
-    that a response to a plain-text prompt starts with goes where a chat template stands before it."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The
+    space that a response to a plain-text prompt starts with goes where there is a chat template."""
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, no permission, a folder that has vanished
+        fail(f"{error}; mend that and run again")

@@ -1,20 +1,20 @@
-"""Trains the Oracle: a causal LM with a linear reward head beside its LM head, by Eq. 5 of DRDO (arXiv 2410.08458).
+"""Trains the Oracle: a causal LM with a reward head beside its LM head, by Eq. 5 of DRDO (arXiv 2410.08458).
 
 In:   a causal LM, data/all/train.jsonl (prompt, chosen, rejected)
 Out:  out/oracle/: model and tokenizer (the head inside, as score.weight), args.json, log.jsonl, checkpoint/
 
     deepspeed oracle.py                                              # the Oracle: alpha 0.01
-    for k in 1 2 3; do deepspeed oracle.py --alpha 0 --seed $k --out out/reward_model_$k; done  # e-DPO's ensemble, Eq. 2
+    for k in 1 2 3; do deepspeed oracle.py --alpha 0 --seed $k --out out/reward_model_$k; done   # e-DPO's, Eq. 2
     deepspeed --num_gpus 2 oracle.py --model facebook/opt-1.3b --gradient_checkpointing
 
-The way of one pair: read_jsonl -> read_pairs (encode_prompt, encode_response) -> collate -> PairModel (pair_mask,
-losses.response_logps, losses.last_token_rewards) -> loss_and_metrics (losses.py) -> engine.backward, engine.step.
+The way of one pair: read_jsonl -> read_pairs (encode_prompt, encode_response) -> collate -> PairModel
+(pair_mask, response_logps, last_token_rewards) -> loss_and_metrics (losses.py) -> engine.backward and step.
 
-The folder loads as AutoModelForCausalLM and as AutoModelForSequenceClassification, with equal rewards. The reward is
-read at the response's EOS. The seed draws the head and the order of the data: members of an ensemble differ in both.
+The folder loads as AutoModelForCausalLM and as AutoModelForSequenceClassification, with equal rewards. The
+reward is read at EOS. The seed draws the head and the order of the data: an ensemble's members differ in both.
 
-Where the paper leaves a choice: the LM term log(y_w) is summed over the response's tokens, as Eq. 5 prints it
-(--lm_term mean averages it). The model starts from the SFT policy. The head is drawn from N(0, 1/(H+1)).
+Where the paper leaves a choice: the LM term log(y_w) is summed over the response's tokens, as Eq. 5 prints
+it (--lm_term mean averages it). The model starts from the SFT policy. The head is drawn from N(0, 1/(H+1)).
 """
 import argparse
 import functools
@@ -57,7 +57,7 @@ def parse_args():
     flag("--max_length", type=int, default=1024, help="drop pairs whose prompt + response has more tokens")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--batch_size", type=int, default=64, help="pairs an optimizer step, over all processes")
-    flag("--micro_batch_size", type=int, help="pairs a forward pass, on one process (default: 8, or the next divisor)")
+    flag("--micro_batch_size", type=int, help="pairs a forward pass, on one process (default: 8, or less)")
     flag("--learning_rate", type=float, default=1e-5, help="peak, after warm-up; then cosine to 0")
     flag("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
     flag("--warmup_steps", type=int, help="linear warm-up (default: a tenth of the run, at most 100)")
@@ -67,7 +67,7 @@ def parse_args():
     flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, bf16 (off on a CPU), clipping")
     flag = parser.add_argument_group("logging and checkpoints").add_argument
     flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
-    flag("--eval_rows", type=int, default=1000, help="evaluate on the first rows of --eval_data, so many; 0: on all")
+    flag("--eval_rows", type=int, default=1000, help="evaluate on so many rows of --eval_data; 0: on all")
     flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
     flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
     flag("--resume", action="store_true", help="go on from <out>/checkpoint; repeat its run's flags")
@@ -90,10 +90,12 @@ def main():
     tokenizer, lm = load_model(args.model)
     args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
     pairs, _ = read_pairs(args.data, tokenizer, args.max_length)
-    eval_pairs = read_pairs(args.eval_data, tokenizer, args.max_length, args.eval_rows)[0] if args.eval_data else []
+    eval_pairs = []
+    if args.eval_data:
+        eval_pairs, _ = read_pairs(args.eval_data, tokenizer, args.max_length, args.eval_rows)
     row_tokens = np.array([sum(map(len, pair)) for pair in pairs])  # (N,)
-    chosen_tokens, eval_chosen_tokens = (torch.tensor([len(chosen) for _, chosen, _ in split])  # (N,), EOS included
-                                         for split in (pairs, eval_pairs))
+    chosen_tokens, eval_chosen_tokens = (  # (N,), EOS included
+        torch.tensor([len(chosen) for _, chosen, _ in split]) for split in (pairs, eval_pairs))
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
     max_steps = len(steps)
 
@@ -105,8 +107,8 @@ def main():
     model = PairModel(lm, lm.score)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
-                                   {"params": vectors, "weight_decay": 0.0}], lr=args.learning_rate, fused=True)
+    groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (  # warm-up, then a cosine to 0
         (step + 1) / args.warmup_steps if step < args.warmup_steps else
         0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
@@ -119,8 +121,9 @@ def main():
     # ---- training
     num_logps = 1 if args.alpha else 0  # Eq. 5 takes log pi of the chosen response alone
     window, tokens, start = [], 0, time.time()
-    bar = tqdm(steps[state["step"]:], "oracle", initial=state["step"], total=max_steps, disable=rank > 0)
-    for step, rows in enumerate(bar, state["step"] + 1):
+    done = state["step"]
+    bar = tqdm(steps[done:], "oracle", initial=done, total=max_steps, disable=rank > 0)
+    for step, rows in enumerate(bar, done + 1):
         learning_rate = optimizer.param_groups[0]["lr"]
         for micro in rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]:
             logps, rewards = engine(**to_batch([pairs[i] for i in micro]), num_logps=num_logps)
@@ -130,13 +133,14 @@ def main():
             window.append(metrics)
         tokens += row_tokens[rows].sum()
 
-        if step in (1, max_steps) or any(n and step % n == 0 for n in (args.log_steps, args.eval_steps, args.save_steps)):
-            log(args, step, gather(window), epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
-                **engine_figures(engine, tokens, start))
-            if eval_pairs and (step % args.eval_steps == 0 or step == max_steps):
+        log_steps, eval_steps, save_steps = args.log_steps, args.eval_steps, args.save_steps or math.inf
+        if step in (1, max_steps) or 0 in (step % log_steps, step % eval_steps, step % save_steps):
+            log(args, step, window, engine, epoch=step * args.batch_size / len(pairs),
+                learning_rate=learning_rate, tokens_per_second=tokens / (time.time() - start))
+            if eval_pairs and (step % eval_steps == 0 or step == max_steps):
                 scores = score_all(model, eval_pairs, args, to_batch, "evaluating")
-                log(args, step, loss_and_metrics(args, *scores, eval_chosen_tokens)[1], "eval_")
-            if args.save_steps and step % args.save_steps == 0:
+                log(args, step, [loss_and_metrics(args, *scores, eval_chosen_tokens)[1]], prefix="eval_")
+            if step % save_steps == 0:
                 save_checkpoint(engine, args, state | {"step": step})
             window, tokens, start = [], 0, time.time()
     save_model(lm, tokenizer, args)
@@ -144,23 +148,24 @@ def main():
 
 
 def loss_and_metrics(args, logps, rewards, chosen_tokens):
-    """Eq. 5 of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l is rejected.
+    """Eq. 5 of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l rejected.
 
-    logps: log pi(y|x), the chosen response's first, (B, 1 or 2). rewards: of (w, l), (B, 2). chosen_tokens: (B,).
+    logps: log pi(y|x), w's first, (B, 1 or 2). rewards: of (w, l), (B, 2). chosen_tokens: (B,).
     """
     reward_w, reward_l = rewards.unbind(1)
     bradley_terry = oracle_loss(reward_w, reward_l, None, alpha=0)  # Eq. 2
     loss, metrics = bradley_terry, {}
     if args.alpha:
-        logps_w = logps[:, 0]
-        loss = oracle_loss(reward_w, reward_l, logps_w / chosen_tokens if args.lm_term == "mean" else logps_w, args.alpha)
-        metrics["logps/chosen"] = logps_w
-    metrics |= {"loss": loss, "loss/bradley_terry": bradley_terry, "rewards/chosen": reward_w, "rewards/rejected": reward_l,
-                "rewards/accuracies": (reward_w > reward_l).float(), "rewards/margins": reward_w - reward_l}
+        lm_term = logps[:, 0] / chosen_tokens if args.lm_term == "mean" else logps[:, 0]
+        loss = oracle_loss(reward_w, reward_l, lm_term, args.alpha)
+        metrics["logps/chosen"] = logps[:, 0]
+    metrics |= {"loss": loss, "loss/bradley_terry": bradley_terry, "rewards/chosen": reward_w,
+                "rewards/rejected": reward_l, "rewards/accuracies": (reward_w > reward_l).float(),
+                "rewards/margins": reward_w - reward_l}
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-# ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------------
+# ---- copies: the stages share what follows to the letter (tests/test_copies.py) --------------------------
 
 
 class PairModel(torch.nn.Module):
@@ -171,8 +176,8 @@ class PairModel(torch.nn.Module):
         self.lm, self.score = lm, score
 
     def forward(self, input_ids, position_ids, segments, last, num_logps=2):
-        """(logps, rewards) of (chosen, rejected), (B, 2) each; rewards is None without a head. With num_logps 1 or 0
-        logps are of the chosen responses, (B, 1), or of none, (B, 0)."""
+        """(logps, rewards) of (chosen, rejected), (B, 2) each; rewards is None without a head. With num_logps
+        1 logps are of the chosen response alone, (B, 1); with 0 of none, (B, 0)."""
         hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
                                     attention_mask=pair_mask(segments)).last_hidden_state  # (B, T, H)
         logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_logps)
@@ -180,12 +185,12 @@ class PairModel(torch.nn.Module):
 
 
 def collate(pairs, pad_token_id, device):
-    """A batch of rows [prompt less its last token | last + chosen | last + rejected], padded right, integer tensors.
+    """A batch of rows [prompt less its last token | last + chosen | last + rejected], padded right.
 
-    `last + chosen`: each response starts with a copy of the prompt's last token, at that token's position. So every
-    token is predicted by its left neighbour, and the rejected response continues the prompt, not the chosen one.
-    Returns input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding), (B, T) each, and `last`,
-    the positions of the two EOS, (B, 2): a reward is read there.
+    `last + chosen`: each response starts with a copy of the prompt's last token, at that token's position. So
+    every token is predicted by its left neighbour, and the rejected response continues the prompt. Returns
+    integer tensors: input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding), (B, T);
+    `last`, the positions of the two EOS, (B, 2). A reward is read at EOS.
     """
     shape = len(pairs), 1 + max(sum(map(len, pair)) for pair in pairs)
     input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
@@ -201,8 +206,8 @@ def collate(pairs, pad_token_id, device):
 
 
 def pair_mask(segments):
-    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). It is causal, and each response
-    sees the prompt and itself. Padding sees padding, since a query that sees no key gives NaN."""
+    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). It is causal, and a
+    response sees the prompt and itself. Padding sees padding, since a query that sees no key gives NaN."""
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     query, key = segments[:, :, None], segments[:, None, :]
     return (causal & ((key == 0) | (key == query)))[:, None]
@@ -210,16 +215,16 @@ def pair_mask(segments):
 
 @torch.no_grad()
 def check_layout(lm, pair, to_batch, args):
-    """Fails where the model's own forward on prompt + response gives other log-probs than the row of a pair does: a
-    model that ignores 4D masks, scales its logits, or slides a window that is shorter than prompt + response."""
-    tolerance = 1e-3 if lm.dtype == torch.float32 else 0.05  # a token; bf16 keeps 8 bits
+    """Fails where the model's own forward on prompt + response gives other log-probs than the row of a pair.
+    Such a model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
     for response, logp in zip(pair[1:], PairModel(lm)(**to_batch([pair]))[0][0]):
         ids = torch.as_tensor(np.concatenate([pair[0], response]), dtype=torch.long, device=logp.device)
         logits = lm(ids[None]).logits[0, len(pair[0]) - 1:-1].float()  # (R, V)
         own = logits.log_softmax(-1).gather(-1, ids[len(pair[0]):, None]).sum()
-        if not abs(own - logp) <= tolerance * len(response):  # NaN too
-            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward and "
-                 f"{logp:.2f} in the row of a pair; train another model type, or try a smaller --max_length")
+        tolerance = 0.001 * len(response) if lm.dtype.itemsize >= 4 else 0.5 + 0.05 * len(response)  # bf16
+        if not abs(own - logp) <= tolerance:  # NaN too
+            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward "
+                 f"and {logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
 
 
 def reward_head(lm):
@@ -232,8 +237,8 @@ def reward_head(lm):
 
 @torch.no_grad()
 def score_all(model, pairs, args, to_batch, description, rows=None):
-    """(logps, rewards) of the pairs, (N, 2) each, on the CPU; 0 for those that are not among `rows`. Rows are sorted
-    by length and shared out among the processes."""
+    """(logps, rewards) of the pairs, (N, 2) each, on the CPU; 0 in all but `rows`, where given. The pairs are
+    sorted by length and shared out among the processes."""
     scores = torch.zeros(2, len(pairs), 2, device=next(model.parameters()).device)
     order = sorted(range(len(pairs)) if rows is None else rows, key=lambda i: -sum(map(len, pairs[i])))
     micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
@@ -247,26 +252,25 @@ def score_all(model, pairs, args, to_batch, description, rows=None):
 
 
 def read_pairs(path, tokenizer, max_length, limit=0):
-    """Token ids (prompt, chosen, rejected) of the pairs that fit in max_length, and their row numbers, (N,) each."""
+    """Token ids (prompt, chosen, rejected) of the pairs that fit in max_length, and their row numbers."""
     pairs, rows, number = [], [], 0
     stream = islice(read_jsonl(path, "prompt", "chosen", "rejected"), limit or None)
     for number, row in enumerate(tqdm(stream, "tokenising", unit=" rows", disable=dist.get_rank() > 0), 1):
         prompt = encode_prompt(tokenizer, row["prompt"])
-        chosen, rejected = encode_response(tokenizer, row["chosen"]), encode_response(tokenizer, row["rejected"])
+        chosen, rejected = (encode_response(tokenizer, row[key]) for key in ("chosen", "rejected"))
         if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
             pairs.append([np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)])
             rows.append(number - 1)
     if not pairs:
-        fail(f"{path}: all {number} pairs have more than --max_length {max_length} tokens (or the model's positions); "
-             "raise it")
+        fail(f"{path}: all {number} pairs have over --max_length {max_length} tokens, or model positions")
     if dist.get_rank() == 0:
-        print(f"{path}: {len(pairs)} pairs, {number - len(pairs)} over --max_length {max_length} tokens dropped")
+        print(f"{path}: {len(pairs)} pairs, {number - len(pairs)} over --max_length {max_length} dropped")
     return pairs, np.array(rows)
 
 
 def plan_steps(row_tokens, args):
-    """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor --resume
-    change them. Within a step the longest come first, so that a micro-batch holds little padding.
+    """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor
+    --resume change them. Within a step the longest come first, so that a micro-batch holds little padding.
     Sets the defaults of --micro_batch_size and --warmup_steps."""
     num_rows, world_size = len(row_tokens), dist.get_world_size()
     share = max(1, args.batch_size // world_size)  # of one process
@@ -282,7 +286,7 @@ def plan_steps(row_tokens, args):
     epochs, per_epoch = max_steps * args.batch_size / num_rows, num_rows // args.batch_size
     args.warmup_steps = min(100, max_steps // 10) if args.warmup_steps is None else args.warmup_steps
     if dist.get_rank() == 0:
-        print(f"{max_steps} steps of {args.batch_size}: {epochs:.2f} epochs, {args.warmup_steps} steps of warm-up"
+        print(f"{max_steps} steps of {args.batch_size}: {epochs:.2f} epochs, {args.warmup_steps} of warm-up"
               + "\nwarning: a run of over 10 epochs memorises its data; lower --max_steps" * (epochs > 10))
     orders = [np.random.default_rng((args.seed, epoch)).permutation(num_rows)[:per_epoch * args.batch_size]
               for epoch in range(math.ceil(max_steps / per_epoch))]
@@ -291,9 +295,9 @@ def plan_steps(row_tokens, args):
 
 
 def deepspeed_config(args, device, optimizer):
-    """--deepspeed_config as a dict, with this run's batch sizes. One CPU process runs without ZeRO: it has nothing to
-    share out, and ZeRO would copy weights and gradients."""
-    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json beside this script"):
+    """--deepspeed_config as a dict, with this run's batch sizes. One CPU process runs without ZeRO: it has
+    nothing to share out, and ZeRO would copy weights and gradients."""
+    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json given here"):
         with open(args.deepspeed_config) as file:
             config = json.load(file)
         clipping = float(config.get("gradient_clipping", 0))
@@ -313,77 +317,67 @@ def deepspeed_config(args, device, optimizer):
 
 
 def start_run(engine, args):
-    """What a checkpoint keeps beside weights and optimizer: flags and files of the run, the step, log.jsonl's size.
+    """What a checkpoint keeps beside weights and optimizer: the run's flags and files, step, and log's size.
 
-    --resume loads the newest checkpoint and cuts log.jsonl off where it was written. It refuses other flags, other
-    files and another number of processes. Without --resume a folder with a checkpoint is refused.
+    --resume loads the newest checkpoint and cuts log.jsonl off where that was written. It refuses other data,
+    another number of processes, and other flags but for `may_change`. Without it a checkpoint is refused.
     """
-    may_change = "resume local_rank log_steps eval_steps save_steps micro_batch_size gradient_checkpointing".split()
-    paths = [getattr(args, name, None) for name in ("data", "eval_data", "oracle_rewards", "eval_oracle_rewards")]
-    run = {**vars(args), "processes": dist.get_world_size(), "sha256": {path: sha256(path) for path in paths if path}}
-    state = {"run": run, "step": 0, "log_size": 0}
-    folder = f"{args.out}/checkpoint"
+    may_change = ["resume", "local_rank", "log_steps", "eval_steps", "save_steps", "micro_batch_size",
+                  "gradient_checkpointing"]
+    paths = {vars(args).get(name) for name in ("data", "eval_data", "oracle_rewards", "eval_oracle_rewards")}
+    files = {path: sha256(path) for path in paths if path}
+    run = vars(args) | {"processes": dist.get_world_size(), "sha256": files}
+    state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
     saved = sorted(glob.glob("step*", root_dir=folder), key=lambda name: int(name[4:]))
     if bool(saved) != args.resume:
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {folder}/{saved[-1]}", f"delete it, and start without --resume if {folder} is empty"):
+        with reading(f"--resume: {folder}/{saved[-1]}", "delete it to start anew"):
             state = engine.load_checkpoint(folder, tag=saved[-1])[1]
             before = state["run"]
         for name, value in run.items():
             if name not in may_change and value != before[name]:
-                fail(f"--resume: {name} was {before[name]} and is now {value}; go on with what the run began with")
+                fail(f"--resume: {name} was {before[name]} and is now {value}; go on as the run began")
     if dist.get_rank() == 0:
-        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
         os.makedirs(args.out, exist_ok=True)
+        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
         with open(f"{args.out}/args.json", "w") as file:
-            json.dump({**run, "versions": versions}, file, indent=2)
+            json.dump(run | {"versions": versions}, file, indent=2)
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.truncate(min(state["log_size"], file.tell()))
         print(f"{args.out}: from step {state['step']}")
     return state
 
 
-def gather(window):
-    """What every process logged of its pairs, a list of dicts of (B,) on each -> one dict of (pairs,) on the CPU."""
-    here = {name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
+def log(args, step, window, engine=None, prefix="", **figures):
+    """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
+
+    window: the metrics of this process's pairs, a list of dicts of (B,). What is NaN in every pair, for want
+    of Oracle rewards, is left out. With an engine it fails where the loss or a weight is not finite.
+    """
+    here = {prefix + name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
-    return {name: torch.cat([part[name] for part in everywhere]) for name in here}
-
-
-def engine_figures(engine, tokens, start):
-    """What is logged beside the metrics. tokens: how many the run has taken since `start`."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    used = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else resident
-    return {"grad_norm": float(engine.get_global_grad_norm()), "skipped_steps": engine.skipped_steps,
-            "tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
-
-
-def log(args, step, metrics, prefix="", **figures):
-    """Appends a line to <out>/log.jsonl, on rank 0: the mean of each metric over pairs, and the figures. Leaves out
-    what is NaN in every held-out pair, for want of Oracle rewards. Fails where the loss is not finite."""
-    line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
-                             if not (prefix and value.isnan().all())}, **figures}
-    if not math.isfinite(line.get("loss", 0.0)):
-        fail(f"step {step}: the loss is {line['loss']}; lower --learning_rate. A checkpoint in {args.out} is as it was")
+    means = {name: torch.cat([part[name] for part in everywhere]).mean().item() for name in here
+             if not here[name].isnan().all()}
+    if engine:
+        finite = all(weight.isfinite().all() for weight in engine.module.parameters())
+        if not finite or not math.isfinite(means.get("loss", math.nan)):
+            fail(f"step {step}: the loss or a weight is not finite; lower --learning_rate. It is not saved")
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        used = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else resident
+        figures |= {"grad_norm": float(engine.get_global_grad_norm()), "skipped_steps": engine.skipped_steps,
+                    "peak_memory_gb": used / 2**30}
     if dist.get_rank() == 0:
         with open(f"{args.out}/log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": step, **means, **figures}) + "\n")
         shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-        tqdm.write(f"step {step}: " + ", ".join(f"{name} {line[name]:.4g}" for name in line if name.endswith(shown)))
-
-
-def check_weights(model, args):
-    """Fails where the last step has made a weight NaN or infinite, before it is saved."""
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        fail(f"the weights are no longer finite; lower --learning_rate. No model was written to {args.out}")
+        tqdm.write(f"step {step}: " + ", ".join(f"{n} {means[n]:.4g}" for n in means if n.endswith(shown)))
 
 
 def save_checkpoint(engine, args, state):
     """Writes <out>/checkpoint/step<k> whole or not at all, then deletes the one before it."""
-    check_weights(engine.module, args)
     folder, state["log_size"] = f"{args.out}/checkpoint", os.path.getsize(f"{args.out}/log.jsonl")
     engine.save_checkpoint(folder, tag="partial", client_state=state, save_latest=False)
     if dist.get_rank() == 0:
@@ -395,7 +389,6 @@ def save_checkpoint(engine, args, state):
 
 def save_model(lm, tokenizer, args):
     """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes."""
-    check_weights(lm, args)
     if dist.get_rank() == 0:
         partial = f"{args.out}/partial"
         lm.save_pretrained(partial)
@@ -426,17 +419,16 @@ def reading(what, mend):
 def check_flags(args, *may_be_zero):
     """Fails where a number is not above 0 and finite. Those in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
+        zero_too = name in (*may_be_zero, "seed", "local_rank")
         for value in values if isinstance(values, list) else [values]:
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in (
-                    "seed", "local_rank", *may_be_zero)):
-                fail(f"--{name} {value}: give a number {'of 0 or more' if name in may_be_zero else 'above 0'}")
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
+                fail(f"--{name} {value}: give a number {'of 0 or more' if zero_too else 'above 0'}")
 
 
 def init_process():
-    """Joins the processes that `deepspeed` started, or under `python` is the only one: (device, rank, world size)."""
+    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)"""
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ |= alone
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     device = torch.device("cpu")
@@ -444,9 +436,9 @@ def init_process():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash where there is no compiler; gloo does it too
+        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
+        if "OMP_NUM_THREADS" not in os.environ:  # processes share the cores: none may take all of them
             here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
@@ -460,7 +452,7 @@ def sha256(path):
 
 
 def read_jsonl(path, *keys):
-    """Yields the rows (dicts) of a JSONL file. Each must hold text under `keys`; a `prompt` may be a list of messages."""
+    """Yields a JSONL file's rows (dicts). Each must hold text under `keys`; `prompt` may be chat messages."""
     number = 0
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -476,13 +468,13 @@ def read_jsonl(path, *keys):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with the text {', '.join(keys)}")
+        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with {', '.join(keys)}")
     if not number:
         fail(f"{path}: it holds no rows")
 
 
 def load_tokenizer(folder):
-    """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
+    """The folder's tokenizer, with a pad token that is not EOS: the last token that is no pad is then EOS."""
     with reading(folder, "give a model folder with its tokenizer, or a hub name"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
@@ -490,30 +482,31 @@ def load_tokenizer(folder):
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
         others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
-        others = [token for token in others if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
-        tokenizer.pad_token = others[0] if others else fail(
-            f"{folder}: its tokenizer has no pad token apart from EOS; set `pad_token` in its tokenizer_config.json")
+        others = [t for t in others if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
+        if not others:
+            fail(f"{folder}: its tokenizer has no pad token; set `pad_token` in its tokenizer_config.json")
+        tokenizer.pad_token = others[0]
     return tokenizer
 
 
 def load_model(folder):
-    """The folder's tokenizer and causal LM: in fp32 (DeepSpeed casts it), with SDPA attention, without dropout."""
+    """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), SDPA attention, no dropout."""
     tokenizer = load_tokenizer(folder)
     with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
         config = AutoConfig.from_pretrained(folder)
         for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):  # OPT's dropout is functional: only the config ends it
+            if "drop" in name and isinstance(value, float):  # OPT's is functional: only the config ends it
                 setattr(config, name, 0.0)
         config.pad_token_id = tokenizer.pad_token_id
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
-    lm.get_input_embeddings().padding_idx = None  # a pad token that is a word too, as BOS, learns like any other
+    lm.get_input_embeddings().padding_idx = None  # a pad token that is a word too learns like any other
     return tokenizer, lm.train()
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template if there is one, else its text after one BOS."""
+    """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         with reading(f"the prompt {str(prompt):.80}", "the chat template refuses it: mend or drop that row"):
@@ -527,11 +520,14 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The space
-    that a response to a plain-text prompt starts with goes where a chat template stands before it."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The
+    space that a response to a plain-text prompt starts with goes where there is a chat template."""
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, no permission, a folder that has vanished
+        fail(f"{error}; mend that and run again")

@@ -134,7 +134,7 @@ def score(model, texts, pad_token_id, micro_batch_size, device, description):
     return rewards.cpu()
 
 
-# ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------------
+# ---- copies: the stages share what follows to the letter (tests/test_copies.py) --------------------------
 
 
 def fail(message):
@@ -156,28 +156,24 @@ def reading(what, mend):
 def check_flags(args, *may_be_zero):
     """Fails where a number is not above 0 and finite. Those in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
+        zero_too = name in (*may_be_zero, "seed", "local_rank")
         for value in values if isinstance(values, list) else [values]:
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in (
-                    "seed", "local_rank", *may_be_zero)):
-                fail(f"--{name} {value}: give a number {'of 0 or more' if name in may_be_zero else 'above 0'}")
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
+                fail(f"--{name} {value}: give a number {'of 0 or more' if zero_too else 'above 0'}")
 
 
 def check_out(path):
     """Fails where a file cannot be written at `path`: now, before the run is paid for."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        open(f"{path}.partial", "ab").close()
-        if os.path.isdir(path):
-            raise IsADirectoryError("it is a folder")
-    except OSError as error:
-        fail(f"--out {path}: cannot write it ({error}); name another file")
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        fail(f"--out {path}: it is a folder, or its folder cannot be written; name another file")
 
 
 def init_process():
-    """Joins the processes that `deepspeed` started, or under `python` is the only one: (device, rank, world size)."""
+    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)"""
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ |= alone
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     device = torch.device("cpu")
@@ -185,9 +181,9 @@ def init_process():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash where there is no compiler; gloo does it too
+        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
+        if "OMP_NUM_THREADS" not in os.environ:  # processes share the cores: none may take all of them
             here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
@@ -201,7 +197,7 @@ def sha256(path):
 
 
 def read_jsonl(path, *keys):
-    """Yields the rows (dicts) of a JSONL file. Each must hold text under `keys`; a `prompt` may be a list of messages."""
+    """Yields a JSONL file's rows (dicts). Each must hold text under `keys`; `prompt` may be chat messages."""
     number = 0
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -217,13 +213,13 @@ def read_jsonl(path, *keys):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with the text {', '.join(keys)}")
+        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with {', '.join(keys)}")
     if not number:
         fail(f"{path}: it holds no rows")
 
 
 def load_tokenizer(folder):
-    """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
+    """The folder's tokenizer, with a pad token that is not EOS: the last token that is no pad is then EOS."""
     with reading(folder, "give a model folder with its tokenizer, or a hub name"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
@@ -231,14 +227,15 @@ def load_tokenizer(folder):
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
         others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
-        others = [token for token in others if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
-        tokenizer.pad_token = others[0] if others else fail(
-            f"{folder}: its tokenizer has no pad token apart from EOS; set `pad_token` in its tokenizer_config.json")
+        others = [t for t in others if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
+        if not others:
+            fail(f"{folder}: its tokenizer has no pad token; set `pad_token` in its tokenizer_config.json")
+        tokenizer.pad_token = others[0]
     return tokenizer
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template if there is one, else its text after one BOS."""
+    """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         with reading(f"the prompt {str(prompt):.80}", "the chat template refuses it: mend or drop that row"):
@@ -252,11 +249,14 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The space
-    that a response to a plain-text prompt starts with goes where a chat template stands before it."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The
+    space that a response to a plain-text prompt starts with goes where there is a chat template."""
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, no permission, a folder that has vanished
+        fail(f"{error}; mend that and run again")

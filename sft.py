@@ -4,10 +4,10 @@ In:   a base LM, train.jsonl (prompt, chosen; or `label` or `response` in place 
 Out:  out/sft/: model and tokenizer, args.json, log.jsonl, checkpoint/
 
     deepspeed sft.py --model facebook/opt-125m
-    deepspeed sft.py --model microsoft/Phi-3-mini-4k-instruct --data data/sft/train.jsonl --eval_data data/sft/validation.jsonl
-    deepspeed sft.py --model out/sft --out out/sft_on_winners            # a baseline: more of the chosen responses
+    deepspeed sft.py --model out/base --data data/sft/train.jsonl --eval_data data/sft/validation.jsonl
+    deepspeed sft.py --model out/sft --out out/sft_winners       # SFT on winners, a baseline
 
-The loss is the mean negative log-likelihood of the batch's response tokens, EOS included. The prompt carries none.
+The loss is the mean negative log-likelihood of the step's response tokens, EOS included. Prompts carry none.
 Rows are padded right: under a causal mask no token sees padding, and no mask is needed.
 """
 import argparse
@@ -42,13 +42,13 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
     flag = parser.add_argument_group("data and model").add_argument
     flag("--model", required=True, help="the base LM: a folder or a hub name")
-    flag("--data", default="data/all/train.jsonl", help="JSONL to train on: prompt, and chosen, label or response")
+    flag("--data", default="data/all/train.jsonl", help="JSONL: prompt, and chosen, label or response")
     flag("--eval_data", default="data/all/validation.jsonl", help="the same, held out; '' for none")
     flag("--out", default="out/sft", help="folder to write")
     flag("--max_length", type=int, default=1024, help="drop rows whose prompt + response has more tokens")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--batch_size", type=int, default=64, help="rows an optimizer step, over all processes")
-    flag("--micro_batch_size", type=int, help="rows a forward pass, on one process (default: 8, or the next divisor)")
+    flag("--micro_batch_size", type=int, help="rows a forward pass, on one process (default: 8, or less)")
     flag("--learning_rate", type=float, default=1e-5, help="peak, after warm-up; then cosine to 0")
     flag("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
     flag("--warmup_steps", type=int, help="linear warm-up (default: a tenth of the run, at most 100)")
@@ -58,7 +58,7 @@ def parse_args():
     flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, bf16 (off on a CPU), clipping")
     flag = parser.add_argument_group("logging and checkpoints").add_argument
     flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
-    flag("--eval_rows", type=int, default=1000, help="evaluate on the first rows of --eval_data, so many; 0: on all")
+    flag("--eval_rows", type=int, default=1000, help="evaluate on so many rows of --eval_data; 0: on all")
     flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
     flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
     flag("--resume", action="store_true", help="go on from <out>/checkpoint; repeat its run's flags")
@@ -79,7 +79,9 @@ def main():
     tokenizer, lm = load_model(args.model)
     args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
     examples = read_examples(args.data, tokenizer, args.max_length)
-    eval_examples = read_examples(args.eval_data, tokenizer, args.max_length, args.eval_rows) if args.eval_data else []
+    eval_examples = []
+    if args.eval_data:
+        eval_examples = read_examples(args.eval_data, tokenizer, args.max_length, args.eval_rows)
     row_tokens = np.array([len(prompt) + len(response) for prompt, response in examples])  # (N,)
     response_tokens = np.array([len(response) for _, response in examples])  # EOS included
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
@@ -91,8 +93,8 @@ def main():
     model = ResponseModel(lm)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
-                                   {"params": vectors, "weight_decay": 0.0}], lr=args.learning_rate, fused=True)
+    groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (  # warm-up, then a cosine to 0
         (step + 1) / args.warmup_steps if step < args.warmup_steps else
         0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
@@ -102,29 +104,31 @@ def main():
     state = start_run(engine, args)  # with --resume the last checkpoint's
 
     # ---- training
-    nll, tokens, targets, start = torch.zeros((), device=device), 0, 0, time.time()
-    bar = tqdm(steps[state["step"]:], "sft", initial=state["step"], total=max_steps, disable=rank > 0)
-    for step, rows in enumerate(bar, state["step"] + 1):
+    nll, tokens, targets, start = torch.zeros(1, device=device), 0, 0, time.time()
+    done = state["step"]
+    bar = tqdm(steps[done:], "sft", initial=done, total=max_steps, disable=rank > 0)
+    for step, rows in enumerate(bar, done + 1):
         learning_rate = optimizer.param_groups[0]["lr"]
         micro_batches = rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]
         for micro in micro_batches:
             logps = engine(**to_batch([examples[i] for i in micro]))
-            # DeepSpeed averages over micro-batches and processes; we want the mean over the step's response tokens
+            # DeepSpeed averages over micro-batches and processes; this is the mean over the step's tokens
             engine.backward(-logps.sum() * len(micro_batches) * world_size / response_tokens[rows].sum())
             engine.step()  # the weights move after the step's last micro-batch
             nll -= logps.detach().sum()
         tokens += row_tokens[rows].sum()
-        targets += response_tokens[rows].sum()
+        targets += int(response_tokens[rows].sum())
 
-        if step in (1, max_steps) or any(n and step % n == 0 for n in (args.log_steps, args.eval_steps, args.save_steps)):
+        log_steps, eval_steps, save_steps = args.log_steps, args.eval_steps, args.save_steps or math.inf
+        if step in (1, max_steps) or 0 in (step % log_steps, step % eval_steps, step % save_steps):
             dist.all_reduce(nll)
-            log(args, step, {"loss": nll / int(targets)}, epoch=step * args.batch_size / len(examples),
-                learning_rate=learning_rate, **engine_figures(engine, tokens, start))
-            if eval_examples and (step % args.eval_steps == 0 or step == max_steps):
-                log(args, step, {"loss": mean_nll(model, eval_examples, args, to_batch)}, "eval_")
-            if args.save_steps and step % args.save_steps == 0:
+            log(args, step, [{"loss": nll / targets}], engine, epoch=step * args.batch_size / len(examples),
+                learning_rate=learning_rate, tokens_per_second=tokens / (time.time() - start))
+            if eval_examples and (step % eval_steps == 0 or step == max_steps):
+                log(args, step, [{"loss": mean_nll(model, eval_examples, args, to_batch)}], prefix="eval_")
+            if step % save_steps == 0:
                 save_checkpoint(engine, args, state | {"step": step})
-            nll, tokens, targets, start = torch.zeros((), device=device), 0, 0, time.time()
+            nll, tokens, targets, start = torch.zeros(1, device=device), 0, 0, time.time()
     save_model(lm, tokenizer, args)
     dist.destroy_process_group()
 
@@ -138,25 +142,26 @@ class ResponseModel(torch.nn.Module):
 
     def forward(self, input_ids, segments):
         hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
-        return response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_responses=1)[:, 0]
+        return response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, 1)[:, 0]
 
 
 def collate(examples, pad_token_id, device):
-    """A batch of rows [prompt | response], padded right: input_ids and segments, (B, T) each. The prompt's last token
-    belongs to segment 1: it predicts the response's first token (losses.response_logps)."""
+    """A batch of rows [prompt | response], padded right: input_ids and segments, (B, T) each. The prompt's last
+    token belongs to segment 1: it predicts the response's first token (losses.response_logps)."""
     shape = len(examples), max(sum(map(len, example)) for example in examples)
     input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
     for i, (prompt, response) in enumerate(examples):
         length = len(prompt) + len(response)
         input_ids[i, :length] = np.concatenate([prompt, response])
         segments[i, :length] = np.repeat([0, 1], [len(prompt) - 1, len(response) + 1])
-    return {"input_ids": torch.as_tensor(input_ids, device=device), "segments": torch.as_tensor(segments, device=device)}
+    batch = {"input_ids": input_ids, "segments": segments}
+    return {name: torch.as_tensor(array, device=device) for name, array in batch.items()}
 
 
 @torch.no_grad()
 def mean_nll(model, examples, args, to_batch):
     """Mean negative log-likelihood of the examples' response tokens, shared out among the processes."""
-    total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    total = torch.zeros(1, dtype=torch.float64, device=next(model.parameters()).device)
     order = sorted(range(len(examples)), key=lambda i: -sum(map(len, examples[i])))
     micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -176,19 +181,18 @@ def read_examples(path, tokenizer, max_length, limit=0):
         if len(prompt) + len(response) <= max_length:
             examples.append([np.array(ids, dtype=np.int32) for ids in (prompt, response)])
     if not examples:
-        fail(f"{path}: all {number} rows have more than --max_length {max_length} tokens (or the model's positions); "
-             "raise it")
+        fail(f"{path}: all {number} rows have over --max_length {max_length} tokens, or model positions; raise it")
     if dist.get_rank() == 0:
-        print(f"{path}: {len(examples)} rows, {number - len(examples)} over --max_length {max_length} tokens dropped")
+        print(f"{path}: {len(examples)} rows, {number - len(examples)} over --max_length {max_length} dropped")
     return examples
 
 
-# ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------------
+# ---- copies: the stages share what follows to the letter (tests/test_copies.py) --------------------------
 
 
 def plan_steps(row_tokens, args):
-    """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor --resume
-    change them. Within a step the longest come first, so that a micro-batch holds little padding.
+    """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor
+    --resume change them. Within a step the longest come first, so that a micro-batch holds little padding.
     Sets the defaults of --micro_batch_size and --warmup_steps."""
     num_rows, world_size = len(row_tokens), dist.get_world_size()
     share = max(1, args.batch_size // world_size)  # of one process
@@ -204,7 +208,7 @@ def plan_steps(row_tokens, args):
     epochs, per_epoch = max_steps * args.batch_size / num_rows, num_rows // args.batch_size
     args.warmup_steps = min(100, max_steps // 10) if args.warmup_steps is None else args.warmup_steps
     if dist.get_rank() == 0:
-        print(f"{max_steps} steps of {args.batch_size}: {epochs:.2f} epochs, {args.warmup_steps} steps of warm-up"
+        print(f"{max_steps} steps of {args.batch_size}: {epochs:.2f} epochs, {args.warmup_steps} of warm-up"
               + "\nwarning: a run of over 10 epochs memorises its data; lower --max_steps" * (epochs > 10))
     orders = [np.random.default_rng((args.seed, epoch)).permutation(num_rows)[:per_epoch * args.batch_size]
               for epoch in range(math.ceil(max_steps / per_epoch))]
@@ -213,9 +217,9 @@ def plan_steps(row_tokens, args):
 
 
 def deepspeed_config(args, device, optimizer):
-    """--deepspeed_config as a dict, with this run's batch sizes. One CPU process runs without ZeRO: it has nothing to
-    share out, and ZeRO would copy weights and gradients."""
-    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json beside this script"):
+    """--deepspeed_config as a dict, with this run's batch sizes. One CPU process runs without ZeRO: it has
+    nothing to share out, and ZeRO would copy weights and gradients."""
+    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json given here"):
         with open(args.deepspeed_config) as file:
             config = json.load(file)
         clipping = float(config.get("gradient_clipping", 0))
@@ -235,69 +239,67 @@ def deepspeed_config(args, device, optimizer):
 
 
 def start_run(engine, args):
-    """What a checkpoint keeps beside weights and optimizer: flags and files of the run, the step, log.jsonl's size.
+    """What a checkpoint keeps beside weights and optimizer: the run's flags and files, step, and log's size.
 
-    --resume loads the newest checkpoint and cuts log.jsonl off where it was written. It refuses other flags, other
-    files and another number of processes. Without --resume a folder with a checkpoint is refused.
+    --resume loads the newest checkpoint and cuts log.jsonl off where that was written. It refuses other data,
+    another number of processes, and other flags but for `may_change`. Without it a checkpoint is refused.
     """
-    may_change = "resume local_rank log_steps eval_steps save_steps micro_batch_size gradient_checkpointing".split()
-    paths = [getattr(args, name, None) for name in ("data", "eval_data", "oracle_rewards", "eval_oracle_rewards")]
-    run = {**vars(args), "processes": dist.get_world_size(), "sha256": {path: sha256(path) for path in paths if path}}
-    state = {"run": run, "step": 0, "log_size": 0}
-    folder = f"{args.out}/checkpoint"
+    may_change = ["resume", "local_rank", "log_steps", "eval_steps", "save_steps", "micro_batch_size",
+                  "gradient_checkpointing"]
+    paths = {vars(args).get(name) for name in ("data", "eval_data", "oracle_rewards", "eval_oracle_rewards")}
+    files = {path: sha256(path) for path in paths if path}
+    run = vars(args) | {"processes": dist.get_world_size(), "sha256": files}
+    state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
     saved = sorted(glob.glob("step*", root_dir=folder), key=lambda name: int(name[4:]))
     if bool(saved) != args.resume:
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {folder}/{saved[-1]}", f"delete it, and start without --resume if {folder} is empty"):
+        with reading(f"--resume: {folder}/{saved[-1]}", "delete it to start anew"):
             state = engine.load_checkpoint(folder, tag=saved[-1])[1]
             before = state["run"]
         for name, value in run.items():
             if name not in may_change and value != before[name]:
-                fail(f"--resume: {name} was {before[name]} and is now {value}; go on with what the run began with")
+                fail(f"--resume: {name} was {before[name]} and is now {value}; go on as the run began")
     if dist.get_rank() == 0:
-        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
         os.makedirs(args.out, exist_ok=True)
+        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
         with open(f"{args.out}/args.json", "w") as file:
-            json.dump({**run, "versions": versions}, file, indent=2)
+            json.dump(run | {"versions": versions}, file, indent=2)
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.truncate(min(state["log_size"], file.tell()))
         print(f"{args.out}: from step {state['step']}")
     return state
 
 
-def engine_figures(engine, tokens, start):
-    """What is logged beside the metrics. tokens: how many the run has taken since `start`."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    used = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else resident
-    return {"grad_norm": float(engine.get_global_grad_norm()), "skipped_steps": engine.skipped_steps,
-            "tokens_per_second": tokens / (time.time() - start), "peak_memory_gb": used / 2**30}
+def log(args, step, window, engine=None, prefix="", **figures):
+    """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
 
-
-def log(args, step, metrics, prefix="", **figures):
-    """Appends a line to <out>/log.jsonl, on rank 0: the mean of each metric over pairs, and the figures. Leaves out
-    what is NaN in every held-out pair, for want of Oracle rewards. Fails where the loss is not finite."""
-    line = {"step": step, **{prefix + name: value.mean().item() for name, value in metrics.items()
-                             if not (prefix and value.isnan().all())}, **figures}
-    if not math.isfinite(line.get("loss", 0.0)):
-        fail(f"step {step}: the loss is {line['loss']}; lower --learning_rate. A checkpoint in {args.out} is as it was")
+    window: the metrics of this process's pairs, a list of dicts of (B,). What is NaN in every pair, for want
+    of Oracle rewards, is left out. With an engine it fails where the loss or a weight is not finite.
+    """
+    here = {prefix + name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    means = {name: torch.cat([part[name] for part in everywhere]).mean().item() for name in here
+             if not here[name].isnan().all()}
+    if engine:
+        finite = all(weight.isfinite().all() for weight in engine.module.parameters())
+        if not finite or not math.isfinite(means.get("loss", math.nan)):
+            fail(f"step {step}: the loss or a weight is not finite; lower --learning_rate. It is not saved")
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        used = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else resident
+        figures |= {"grad_norm": float(engine.get_global_grad_norm()), "skipped_steps": engine.skipped_steps,
+                    "peak_memory_gb": used / 2**30}
     if dist.get_rank() == 0:
         with open(f"{args.out}/log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": step, **means, **figures}) + "\n")
         shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-        tqdm.write(f"step {step}: " + ", ".join(f"{name} {line[name]:.4g}" for name in line if name.endswith(shown)))
-
-
-def check_weights(model, args):
-    """Fails where the last step has made a weight NaN or infinite, before it is saved."""
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        fail(f"the weights are no longer finite; lower --learning_rate. No model was written to {args.out}")
+        tqdm.write(f"step {step}: " + ", ".join(f"{n} {means[n]:.4g}" for n in means if n.endswith(shown)))
 
 
 def save_checkpoint(engine, args, state):
     """Writes <out>/checkpoint/step<k> whole or not at all, then deletes the one before it."""
-    check_weights(engine.module, args)
     folder, state["log_size"] = f"{args.out}/checkpoint", os.path.getsize(f"{args.out}/log.jsonl")
     engine.save_checkpoint(folder, tag="partial", client_state=state, save_latest=False)
     if dist.get_rank() == 0:
@@ -309,7 +311,6 @@ def save_checkpoint(engine, args, state):
 
 def save_model(lm, tokenizer, args):
     """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes."""
-    check_weights(lm, args)
     if dist.get_rank() == 0:
         partial = f"{args.out}/partial"
         lm.save_pretrained(partial)
@@ -340,17 +341,16 @@ def reading(what, mend):
 def check_flags(args, *may_be_zero):
     """Fails where a number is not above 0 and finite. Those in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
+        zero_too = name in (*may_be_zero, "seed", "local_rank")
         for value in values if isinstance(values, list) else [values]:
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in (
-                    "seed", "local_rank", *may_be_zero)):
-                fail(f"--{name} {value}: give a number {'of 0 or more' if name in may_be_zero else 'above 0'}")
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
+                fail(f"--{name} {value}: give a number {'of 0 or more' if zero_too else 'above 0'}")
 
 
 def init_process():
-    """Joins the processes that `deepspeed` started, or under `python` is the only one: (device, rank, world size)."""
+    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)"""
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ |= alone
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     device = torch.device("cpu")
@@ -358,9 +358,9 @@ def init_process():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash where there is no compiler; gloo does it too
+        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:  # processes that share the cores must not each take all of them
+        if "OMP_NUM_THREADS" not in os.environ:  # processes share the cores: none may take all of them
             here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
@@ -374,7 +374,7 @@ def sha256(path):
 
 
 def read_jsonl(path, *keys):
-    """Yields the rows (dicts) of a JSONL file. Each must hold text under `keys`; a `prompt` may be a list of messages."""
+    """Yields a JSONL file's rows (dicts). Each must hold text under `keys`; `prompt` may be chat messages."""
     number = 0
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -390,13 +390,13 @@ def read_jsonl(path, *keys):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with the text {', '.join(keys)}")
+        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with {', '.join(keys)}")
     if not number:
         fail(f"{path}: it holds no rows")
 
 
 def load_tokenizer(folder):
-    """The folder's tokenizer, with a pad token that is not EOS: readers of the last non-pad token then find EOS."""
+    """The folder's tokenizer, with a pad token that is not EOS: the last token that is no pad is then EOS."""
     with reading(folder, "give a model folder with its tokenizer, or a hub name"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
@@ -404,30 +404,31 @@ def load_tokenizer(folder):
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
         others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
-        others = [token for token in others if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
-        tokenizer.pad_token = others[0] if others else fail(
-            f"{folder}: its tokenizer has no pad token apart from EOS; set `pad_token` in its tokenizer_config.json")
+        others = [t for t in others if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
+        if not others:
+            fail(f"{folder}: its tokenizer has no pad token; set `pad_token` in its tokenizer_config.json")
+        tokenizer.pad_token = others[0]
     return tokenizer
 
 
 def load_model(folder):
-    """The folder's tokenizer and causal LM: in fp32 (DeepSpeed casts it), with SDPA attention, without dropout."""
+    """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), SDPA attention, no dropout."""
     tokenizer = load_tokenizer(folder)
     with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
         config = AutoConfig.from_pretrained(folder)
         for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):  # OPT's dropout is functional: only the config ends it
+            if "drop" in name and isinstance(value, float):  # OPT's is functional: only the config ends it
                 setattr(config, name, 0.0)
         config.pad_token_id = tokenizer.pad_token_id
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
-    lm.get_input_embeddings().padding_idx = None  # a pad token that is a word too, as BOS, learns like any other
+    lm.get_input_embeddings().padding_idx = None  # a pad token that is a word too learns like any other
     return tokenizer, lm.train()
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template if there is one, else its text after one BOS."""
+    """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         with reading(f"the prompt {str(prompt):.80}", "the chat template refuses it: mend or drop that row"):
@@ -441,11 +442,14 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The space
-    that a response to a plain-text prompt starts with goes where a chat template stands before it."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The
+    space that a response to a plain-text prompt starts with goes where there is a chat template."""
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, no permission, a folder that has vanished
+        fail(f"{error}; mend that and run again")

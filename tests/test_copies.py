@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["splits", "sft", "oracle", "precompute_rewards", "align", "generate", "evaluate"]
-ITS_OWN = {"main", "parse_args", "loss_and_metrics"}  # and load_model, load_split, collate where a stage reads something else
-VARIANTS = {"load_model": {"generate"}, "load_split": {"sft"}, "collate": {"sft"}}
+ITS_OWN = {"main", "parse_args", "loss_and_metrics"}
+VARIANTS = {"load_model": {"generate"}, "collate": {"sft"}}  # of one name, but these stages read something else
 
 
 def definitions(stage):

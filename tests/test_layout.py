@@ -1,5 +1,8 @@
 """What a pair scores does not depend on its batch, on padding or on the one-row layout; compared in fp64 with the models'
 own forward on prompt + response alone."""
+import functools
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -29,11 +32,11 @@ def models(request, tmp_path_factory):
     lm = AutoModelForCausalLM.from_config(CONFIGS[request.param], attn_implementation="sdpa")
     for parameter in lm.parameters():  # larger than the initialisation, so that attention is far from uniform
         parameter.data += 0.2 * torch.randn_like(parameter)
-    align.add_head(lm)
+    lm.score, lm.config.num_labels = align.reward_head(lm), 1
     folder = tmp_path_factory.mktemp(request.param)
     lm.save_pretrained(folder)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
-    return align.PairModel(lm.double().eval()), classifier.eval()
+    return align.PairModel(lm.double().eval(), lm.score), classifier.eval()
 
 
 def pairs():
@@ -95,12 +98,12 @@ def test_loss_and_gradient_are_the_mean_over_pairs_alone(models):
 
 
 @torch.no_grad()
-def test_unscored_responses_cost_nothing_and_change_nothing(models):
+def test_unscored_responses_change_nothing(models):
     model, _ = models
     batch = align.collate(pairs(), PAD, "cpu")
-    (both, rewards), (chosen, same), (none, also) = model(**batch), model(**batch, scored=1), model(**batch, scored=0)
-    torch.testing.assert_close(both[:, 0], chosen[:, 0])
-    assert chosen[:, 1].eq(0).all() and none.eq(0).all()
+    (both, rewards), (chosen, same), (none, also) = model(**batch), model(**batch, num_logps=1), model(**batch, num_logps=0)
+    torch.testing.assert_close(both[:, :1], chosen)
+    assert none.shape == (len(pairs()), 0)
     torch.testing.assert_close(rewards, same)
     torch.testing.assert_close(rewards, also)
 
@@ -122,14 +125,15 @@ def test_sft_and_scoring_need_no_mask(models, process_group):
 
 def test_a_model_that_ignores_the_mask_is_refused(models, capsys):
     model, _ = models
-    batch = align.collate(pairs()[3:4], PAD, "cpu")
-    align.check_layout(model, batch, "folder")  # as it should be
+    to_batch = functools.partial(align.collate, pad_token_id=PAD, device="cpu")
+    args = Namespace(model="folder")
+    align.check_layout(model.lm, pairs()[3], to_batch, args)  # as it should be
     base = model.lm.base_model
     plain = base.forward
     base.forward = lambda *ids, **inputs: plain(*ids, **{**inputs, "attention_mask": None})
     try:
         with pytest.raises(SystemExit) as exit:
-            align.check_layout(model, batch, "folder")
+            align.check_layout(model.lm, pairs()[3], to_batch, args)
     finally:
         del base.forward
-    assert exit.value.code == 2 and "cannot be trained here" in capsys.readouterr().err
+    assert exit.value.code == 2 and "in the row of a pair" in capsys.readouterr().err

@@ -143,30 +143,32 @@ def test_oracle_without_alpha_reads_no_logps():
 
 
 def readout_batch():
-    """Two rows: prompt of 3 + responses of 2 and 4, prompt of 2 + responses of 1 and 2 and padding."""
-    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 0, 1, 2, 2, -1, -1, -1, -1]])
-    previous = torch.tensor([[0, 0, 1, 2, 3, 2, 5, 6, 7], [0, 0, 1, 1, 3, 4, 5, 6, 7]])
+    """Two rows [prompt less its last | last + first response | last + second]: a prompt of 3 with responses of 2 and 3
+    tokens; a prompt of 2 with responses of 1 and 2, and padding."""
+    segments = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2], [0, 1, 1, 2, 2, 2, -1, -1, -1]])
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(2, 9, 6, generator=generator, dtype=torch.float64)
     input_ids = torch.randint(11, (2, 9), generator=generator)
     lm_head = torch.nn.Linear(6, 11, bias=False).double()
-    return hidden, lm_head, input_ids, segments, previous
+    return hidden, lm_head, input_ids, segments
 
 
 @pytest.mark.parametrize("max_logits", [2**26, 33, 1])
 def test_response_logps_against_a_loop_and_in_chunks(max_logits):
-    hidden, lm_head, input_ids, segments, previous = readout_batch()
+    hidden, lm_head, input_ids, segments = readout_batch()
     hidden.requires_grad_()
-    logps = losses.response_logps(hidden, lm_head, input_ids, segments, previous, max_logits=max_logits)
+    logps = losses.response_logps(hidden, lm_head, input_ids, segments, max_logits=max_logits)
     expected = torch.zeros(2, 2, dtype=torch.float64)
-    for b, t in itertools.product(range(2), range(9)):
-        if segments[b, t] > 0:
-            probabilities = lm_head(hidden[b, previous[b, t]]).softmax(-1)
-            expected[b, segments[b, t] - 1] += probabilities[input_ids[b, t]].log()
+    for b, response, tokens in ((0, 0, (3, 4)), (0, 1, (6, 7, 8)), (1, 0, (2,)), (1, 1, (4, 5))):
+        for t in tokens:
+            expected[b, response] += lm_head(hidden[b, t - 1]).softmax(-1)[input_ids[b, t]].log()
     torch.testing.assert_close(logps, expected, rtol=1e-12, atol=0)
+    first = losses.response_logps(hidden, lm_head, input_ids, segments, num_responses=1, max_logits=max_logits)
+    torch.testing.assert_close(first, expected[:, :1], rtol=1e-12, atol=0)
     weights = torch.tensor([[1.0, -2.0], [0.5, 3.0]]).double()
     torch.testing.assert_close(torch.autograd.grad((logps * weights).sum(), [hidden, lm_head.weight]),
-                               torch.autograd.grad((expected * weights).sum(), [hidden, lm_head.weight]), rtol=1e-10, atol=1e-12)
+                               torch.autograd.grad((expected * weights).sum(), [hidden, lm_head.weight]),
+                               rtol=1e-10, atol=1e-12)
 
 
 def test_last_token_rewards():
@@ -184,9 +186,8 @@ def test_half_precision_is_summed_in_fp32(dtype):
     hidden = torch.randn(1, 501, 8, generator=generator).to(dtype)
     lm_head = torch.nn.Linear(8, 50, bias=False).to(dtype)
     input_ids = torch.randint(50, (1, 501), generator=generator)
-    segments = torch.tensor([[0] + [1] * 500])
-    previous = torch.arange(-1, 500).clamp(min=0)[None]
-    logps = losses.response_logps(hidden, lm_head, input_ids, segments, previous, num_responses=1)
+    segments = torch.ones(1, 501, dtype=torch.long)
+    logps = losses.response_logps(hidden, lm_head, input_ids, segments, num_responses=1)
     logits = lm_head(hidden[0, :-1]).double()
     expected = logits.log_softmax(-1).gather(-1, input_ids[0, 1:, None]).sum()
     assert logps.dtype == torch.float32 and logps.item() == pytest.approx(expected.item(), rel=1e-5)

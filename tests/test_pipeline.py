@@ -2,13 +2,13 @@
 reads what the one before it wrote."""
 import hashlib
 import json
-import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import toy
@@ -115,7 +115,12 @@ def test_drdo_distils_the_oracle(lab, tmp_path):
     run(*align_flags(lab, "drdo"), "--alpha", 0, "--max_steps", 60, "--out", tmp_path)
     distillation = read_log(tmp_path, "loss/distillation")
     assert sum(distillation[-6:]) < 0.2 * sum(distillation[:6])
-    run("precompute_rewards.py", "--oracle", tmp_path, "--data", lab / "train.jsonl", "--out", tmp_path / "student.pt")
+    # the policy with its head inside is a reward model
+    policy, head = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "score.safetensors")
+    assert list(head) == ["score.weight"] and not head.keys() & policy.keys()
+    shutil.copytree(tmp_path, tmp_path / "oracle", ignore=shutil.ignore_patterns("oracle"))
+    save_file(policy | head, tmp_path / "oracle" / "model.safetensors", {"format": "pt"})
+    run("precompute_rewards.py", "--oracle", tmp_path / "oracle", "--data", lab / "train.jsonl", "--out", tmp_path / "student.pt")
     student, oracle = (torch.load(path, weights_only=True) for path in (tmp_path / "student.pt", lab / "rewards.pt"))
     margins = [(r["chosen"] - r["rejected"])[0] for r in (student, oracle)]
     assert torch.corrcoef(torch.stack(margins))[0, 1] > 0.9
@@ -128,8 +133,22 @@ def test_the_policy_learns_its_pairs(lab, tmp_path, loss, flags):
     if loss == "dpo":
         assert read_log(tmp_path)[0] == pytest.approx(0.6931472, rel=1e-5)  # the reference is the policy before its first step
         assert read_log(tmp_path, "rewards/accuracies")[-1] > 0.9
-    else:
-        assert "score.weight" not in load_file(tmp_path / "model.safetensors")
+        # linear to the peak in 2 steps, then half a cosine that ends at 0 after 38 more
+        rates = [read_log(tmp_path, "learning_rate")[step - 1] for step in (1, 2, 3, 22, 40)]
+        assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4, 1.708e-6], rel=1e-3)
+    assert not (tmp_path / "checkpoint").exists() and not (tmp_path / "score.safetensors").exists()
+
+
+def test_unit_oracle_distils_differences_of_std_1(lab, tmp_path):
+    rewards = torch.load(lab / "ensemble.pt", weights_only=True)
+    margins = (rewards["chosen"] - rewards["rejected"])
+    margins = margins[:, margins.isfinite().all(0)].mean(0)
+    flags = ["--batch_size", len(margins), "--micro_batch_size", len(margins), "--max_steps", 1, "--eval_data", ""]
+    for name, more in (("plain", []), ("unit", ["--unit_oracle"])):
+        run(*align_flags(lab, "drdo", "ensemble.pt"), *flags, *more, "--out", tmp_path / name)
+    plain, unit = (read_log(tmp_path / name, "oracle/margins")[0] for name in ("plain", "unit"))
+    assert plain == pytest.approx(margins.mean().item(), rel=1e-4)
+    assert unit == pytest.approx((margins.mean() / margins.std()).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("script", ["sft.py", "oracle.py", "drdo", "edpo"])
@@ -145,27 +164,40 @@ def test_one_process_and_two_give_the_same_losses(lab, tmp_path, script):
         assert len(one) == 10 and two == pytest.approx(one, rel=1e-4)
 
 
-def test_resuming_is_bitwise_the_run_that_was_not_interrupted(lab, tmp_path):
-    flags = [*align_flags(lab, "dpo"), "--max_steps", 7, "--save_steps", 4]
-    run(*flags, "--out", tmp_path)
-    weights, log = load_file(tmp_path / "model.safetensors"), read_log(tmp_path)
-    os.remove(tmp_path / "model.safetensors")
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 8, "lo')  # as a machine that stops may leave it
-    run(*flags, "--out", tmp_path, "--resume")
-    assert read_log(tmp_path) == log
-    resumed = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
-    error = run(*flags, "--out", tmp_path, "--resume", "--beta", 0.5, expect=2)
-    assert "beta was 0.1 and is now 0.5" in error
-    error = run(*flags, "--out", tmp_path, "--resume", processes=2, expect=2)
-    assert "processes was 1 and is now 2" in error
+def stop_while_saving(flags, out):
+    """Runs until the model cannot be saved, as on a full disk: the last checkpoint stays."""
+    (out / "config.json" / "in_the_way").mkdir(parents=True)
+    error = run(*flags, "--out", out, expect=2)
+    assert error.count("error: ") == 1 and "config.json" in error and "Traceback" not in error
+    shutil.rmtree(out / "config.json")
 
-    run(*flags, "--out", tmp_path, "--resume", "--micro_batch_size", 2, "--gradient_checkpointing")  # as out of memory asks for
-    assert read_log(tmp_path) == pytest.approx(log, rel=1e-5)
-    run(*flags, "--out", tmp_path, "--save_steps", 0)
-    error = run(*flags, "--out", tmp_path, "--resume", expect=2)
-    assert "checkpoint is of the run of" in error
+
+def test_resuming_is_bitwise_the_run_that_was_not_interrupted(lab, tmp_path):
+    flags = [*align_flags(lab, "dpo"), "--max_steps", 7, "--save_steps", 4, "--log_steps", 3]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(*flags, "--out", whole)
+    stop_while_saving(flags, stopped)
+    (stopped / "checkpoint" / "partial").mkdir()  # as a crash in the next checkpoint leaves it
+    with open(stopped / "log.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    for more, words in ([], "unfinished run"), (["--resume", "--beta", 0.5], "beta was 0.1 and is now 0.5"):
+        assert words in run(*flags, "--out", stopped, *more, expect=2)
+    assert "processes was 1 and is now 2" in run(*flags, "--out", stopped, "--resume", processes=2, expect=2)
+    rows = (lab / "validation.jsonl").read_text()
+    (lab / "validation.jsonl").write_text("\n".join(reversed(rows.splitlines())) + "\n")
+    assert "sha256" in run(*flags, "--out", stopped, "--resume", expect=2)
+    (lab / "validation.jsonl").write_text(rows)
+    shutil.copytree(stopped, tmp_path / "smaller")
+
+    run(*flags, "--out", stopped, "--resume")
+    figures = [[{name: line[name] for name in line if name not in ("tokens_per_second", "peak_memory_gb")}
+                for line in map(json.loads, open(out / "log.jsonl"))] for out in (whole, stopped)]
+    assert figures[0] == figures[1]
+    weights, resumed = (load_file(out / "model.safetensors") for out in (whole, stopped))
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    # as out of memory asks for
+    run(*flags, "--out", tmp_path / "smaller", "--resume", "--micro_batch_size", 2, "--gradient_checkpointing")
+    assert read_log(tmp_path / "smaller") == pytest.approx(read_log(whole), rel=1e-5)
 
 
 def test_weights_that_are_not_finite_are_not_saved(lab, tmp_path):
@@ -214,12 +246,12 @@ def test_a_chat_templates_answers_to_text_begin_with_a_space(lab, tmp_path):
 
 BAD = {  # what is wrong -> (the row written as line 3, the flags, what the one line must say)
     "a missing file": (None, ["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
-    "no JSON": ('{"prompt": "a"', [], ["bad.jsonl, line 3", "not JSON"]),
-    "no chosen": ('{"prompt": "a", "rejected": "b"}', [], ["bad.jsonl, line 3", "`chosen`"]),
+    "no JSON": ('{"prompt": "a"', [], ["bad.jsonl, line 3", "JSONDecodeError"]),
+    "no chosen": ('{"prompt": "a", "rejected": "b"}', [], ["bad.jsonl, line 3", "'chosen'"]),
     "every pair too long": ("", ["--max_length", "5"], ["--max_length 5"]),
     "rewards of other data": ("", ["--loss", "drdo"], ["rewards.pt", "sha256"]),
     "no rewards": ("", ["--loss", "edpo", "--oracle_rewards", ""], ["--loss edpo", "--oracle_rewards"]),
-    "no model": ("", ["--model", "nowhere"], ["nowhere", "tokenizer"]),
+    "no model": ("", ["--model", "nowhere"], ["nowhere"]),
     "no batch": ("", ["--batch_size", "7", "--micro_batch_size", "2"], ["--batch_size 7"]),
     "two lengths": ("", ["--max_steps", "9", "--epochs", "2"], ["--max_steps", "--epochs"]),
 }

@@ -4,6 +4,7 @@ import json
 import math
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -54,29 +55,40 @@ def test_text_becomes_tokens_as_the_readme_says():
         align.encode_prompt(tokenizer, turns)
 
 
-def test_schedule():
-    """Linear to the peak in 10 steps, then half a cosine that ends at 0: values worked out by hand."""
-    factors = [align.schedule_factor(step, 10, 110) for step in (0, 4, 9, 10, 35, 60, 85, 110)]
-    assert factors == pytest.approx([0.1, 0.5, 1, 1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0], abs=1e-12)
-    assert align.schedule_factor(0, 0, 100) == 1
+def plan(row_tokens, **changes):
+    args = Namespace(batch_size=8, micro_batch_size=None, warmup_steps=None, max_steps=12, epochs=None, data="x.jsonl", seed=3)
+    vars(args).update(changes)
+    return align.plan_steps(row_tokens, args), args
 
 
-def test_batches_are_a_permutation_an_epoch_and_differ_by_seed():
-    import numpy as np
-    lengths = np.arange(50)[::-1].copy()
-    stream = align.batches(lengths, 8, seed=3)
-    epochs = [np.concatenate([next(stream) for _ in range(6)]) for _ in range(2)]
-    for epoch in epochs:
-        assert len(set(epoch)) == 48
-        assert all((np.diff(lengths[batch]) <= 0).all() for batch in epoch.reshape(6, 8))
-    assert set(epochs[0][:8]) != set(epochs[1][:8]) != set(next(align.batches(lengths, 8, seed=4)))
-    again = align.batches(lengths, 8, seed=3)
-    assert (np.concatenate([next(again) for _ in range(6)]) == epochs[0]).all()
+def test_steps_are_a_permutation_an_epoch_and_differ_by_seed(process_group):
+    row_tokens = np.arange(50)[::-1].copy()
+    steps, args = plan(row_tokens)
+    assert steps.shape == (12, 8) and args.micro_batch_size == 8 and args.warmup_steps == 1
+    for epoch in (steps[:6], steps[6:]):
+        assert len(set(epoch.ravel())) == 48
+        assert (np.diff(row_tokens[epoch]) <= 0).all()  # the longest first
+    assert set(steps[0]) != set(steps[6]) and set(steps[0]) != set(plan(row_tokens, seed=4)[0][0])
+    assert (plan(row_tokens, max_steps=5)[0] == steps[:5]).all()
+
+
+def test_batches_and_warm_up_suit_the_run(process_group, capsys):
+    """The micro-batch divides any --batch_size; warm-up is a tenth of a short run; more than ten epochs are warned of."""
+    for batch_size, micro in ((64, 8), (10, 5), (7, 7), (11, 1), (6, 6)):
+        assert plan(np.arange(99), batch_size=batch_size)[1].micro_batch_size == micro
+    steps, args = plan(np.arange(234), batch_size=64, max_steps=None, epochs=1)
+    assert len(steps) == 3 and args.warmup_steps == 0
+    assert plan(np.arange(99), max_steps=5000)[1].warmup_steps == 100
+    capsys.readouterr()
+    plan(np.arange(99), max_steps=120)
+    assert "10 epochs" not in capsys.readouterr().out
+    plan(np.arange(99), max_steps=130)
+    assert "10 epochs" in capsys.readouterr().out
 
 
 def flags(**changes):
     return Namespace(**{**dict(loss="drdo", alpha=0.1, gamma=2.0, beta=0.5, student_rewards="head", ensemble="mean",
-                                p_w="sum", detach_focal=False, oracle_scale=1.0, nll_coef=0.0), **changes})
+                                p_w="sum", detach_focal=False, nll_coef=0.0), **changes})
 
 
 def test_each_flag_of_align_reaches_its_loss():
@@ -96,8 +108,6 @@ def test_each_flag_of_align_reaches_its_loss():
     assert value(loss="edpo", ensemble="min") == pytest.approx(0.5**2)
     # readings and controls
     assert value(student_rewards="log_ratio") == pytest.approx((1 - 0.5 * 1) ** 2 + 0.1 * contrastive)
-    assert value(oracle_scale=3.0) == pytest.approx((3 - 0.5) ** 2 + 0.1 * contrastive)
-    assert value(loss="edpo", oracle_scale=0.5) == pytest.approx(((1 - 0.5) ** 2 + 0.5**2) / 2)
     of_means = 1 / (1 + math.exp(-(-4 / 2 + 6 / 4)))
     assert value(p_w="mean") == pytest.approx(0.25 + 0.1 * (1 - of_means) ** 2 * (4 + math.log1p(-math.exp(-6))))
     assert value(loss="ipo") == pytest.approx((1 - 1 / (2 * 0.5)) ** 2)  # (log ratio - 1 / (2 beta))^2
@@ -133,12 +143,12 @@ def test_rewards_stay_with_their_pairs_when_rows_are_dropped(tmp_path, process_g
     length = lambda row: 2 + max(len((row["prompt"] + row[key]).split()) for key in ("chosen", "rejected"))
     limit = sorted(map(length, rows))[20]
     args = Namespace(loss="drdo", max_length=limit)
-    pairs, rewards = align.load_split(str(tmp_path / "pairs.jsonl"), tmp_path / "rewards.pt", "--oracle_rewards", args, tokenizer)
+    pairs, rewards = align.load_split(str(tmp_path / "pairs.jsonl"), tmp_path / "rewards.pt", tokenizer, args)
     kept = [i for i, row in enumerate(rows) if length(row) <= limit and i != 7]
     assert 15 < len(kept) < 30 and rewards.shape == (2, len(kept), 2)
     assert rewards[1, :, 0].tolist() == kept and rewards[0, :, 1].tolist() == [-i for i in kept]
     assert [tokenizer.decode(pair[1][:-1]) for pair in pairs] == [rows[i]["chosen"].strip() for i in kept]
-    first = align.load_split(str(tmp_path / "pairs.jsonl"), tmp_path / "rewards.pt", "", args, tokenizer, limit=10)[1]
+    first = align.load_split(str(tmp_path / "pairs.jsonl"), tmp_path / "rewards.pt", tokenizer, args, limit=10)[1]
     assert first[1, :, 0].tolist() == [i for i in kept if i < 10]
 
 
