@@ -1,42 +1,40 @@
 """
-Turns raw preference sets into data/{all,hc_he,lc_le}/{train,validation}.jsonl and prints the paper's Table 5;
-SFT sets into data/sft/{train,validation}.jsonl; prompt sets, for generate.py, into data/prompts/NAME.jsonl.
+Turns raw preference sets into data/{all,hc_he,lc_le}/{train,validation}.jsonl and prints the paper's Table 5.
+Turns SFT sets into data/sft/{train,validation}.jsonl, and prompt sets into data/prompts/NAME.jsonl.
 
     python splits.py --dataset openai/summarize_from_feedback CarperAI/openai_summarize_tldr
-    python splits.py --dataset my_pairs.jsonl.gz my_sft.parquet --out data --seed 0
-    python splits.py --prompts abisee/cnn_dailymail tatsu-lab/alpaca_eval CarperAI/openai_summarize_tldr
-    python splits.py --prompts data/all/validation.jsonl --num_prompts 500
+    python splits.py --dataset my_pairs.jsonl.gz my_sft.csv trl-lib/tldr-preference:validation --seed 0
+    python splits.py --prompts abisee/cnn_dailymail data/all/validation.jsonl --num_prompts 500
 
-In: the hub's sets named in HUB, and local .json, .jsonl, .jsonl.gz and .parquet files, told apart by their
-columns (SCHEMAS).
-Out: a row a line: `prompt` (plain text, or a list of {"role", "content"} messages) and the response `chosen`;
-in pairs also `rejected`, `edit_distance` (0-1) and, where the set has one, `confidence`. Other keys of rows
-that are in this form already are kept. A response to a plain-text prompt starts with one space
-(none if the prompt ends in white space), so prompt + response is the text; one to messages starts with none.
+In:  .jsonl, .json, .csv (all also as .gz) and .parquet files, hub ids, and folders that load_dataset reads.
+     SCHEMAS says which columns they may have. Of a hub id or folder, the splits that raw_rows picks; of
+     `id:split` that split alone. A split called val..., dev... or test... is a validation split.
+Out: a row a line: `prompt` (plain text, or a list of {"role", "content"} messages) and the response `chosen`.
+     Pairs also have `rejected`, `edit_distance` (0-1) and, where the set has one, `confidence`. Other keys
+     stay if the row came in this form. A response to plain text starts with one space (none if the prompt
+     ends in white space), so prompt + response is the text. A response to messages starts with none.
 
-hc_he has the pairs above both medians, of confidence and of edit distance; lc_le those below both (a pair on
-a median is in neither). The medians are those of all/train.
-
+hc_he has the pairs above both medians of all/train, of confidence and edit distance; lc_le those below both.
 Where the paper leaves a choice, or we differ from it:
-- Validation is split off by prompt, not by row: a prompt is held out where a hash of the seed and its text
-  falls below --validation_fraction. So it lands on the same side in every set and every call with that seed
-  and fraction. What a validation split of any set holds is no training prompt of another.
-- A validation split that a set brings along is all/validation; hc_he and lc_le come from its train rows. The
-  prompts held out for them leave all/train and sft/train too; else an Oracle trained on D_all would have seen
-  hc_he's validation pairs, and the SFT model their human summaries: a tenth of the train rows goes.
-  For trl-lib's UltraFeedback and HH, which have no validation split, it is `test`.
+- Validation is split off by prompt, not by row. A prompt is held out if a hash of the seed and its text falls
+  below --validation_fraction. So it lands on the same side in every set, and in every call with that seed and
+  fraction. (Tiny sets: if no prompt falls below, one is held out, in this call alone.) What a validation
+  split of any set holds is no training prompt of another.
+- If a set brings a validation split, that is all/validation. hc_he and lc_le still come from the train rows.
+  The prompts held out for them leave all/train and sft/train too. Otherwise an Oracle trained on D_all has
+  seen hc_he's validation pairs, and the SFT model their human summaries. A tenth of the train rows goes.
 - Edit distance is Levenshtein's over whitespace tokens, divided by the longer response's length. The paper's
   means (0.09 to 0.15) must have another divisor, which it does not name: its sets are not quite these.
-- In a set with confidences, rows without one are left out of every split.
-- UltraFeedback's `confidence` is the gap of the two ratings, on its own scale: it serves the medians only. HH
-  has nothing of the kind: it becomes `all` alone.
-- The prompts of TL;DR's SFT set get the blank lines of OpenAI's format, so SFT and preferences share prompts.
-- Pairs of over 1024 tokens are dropped by the stages that have a tokenizer.
+- In a set with confidences, rows without one are left out of every split. UltraFeedback's `confidence` is the
+  gap of its two ratings: it serves the medians only. HH has nothing of the kind and becomes `all` alone.
+- The prompts of TL;DR's SFT set get the blank lines of OpenAI's format. So SFT and preferences share prompts.
+- Pairs of over 1024 tokens are dropped later, by the stages that have a tokenizer.
 """
 import argparse
 import gzip
 import hashlib
 import json
+import operator
 import os
 import random
 import re
@@ -48,68 +46,213 @@ from collections import Counter
 from rapidfuzz.distance import Levenshtein
 from tqdm import tqdm
 
-# Hub id: load_dataset's arguments, and its splits for train, validation and prompts. `datasets` runs no
-# scripts, so two sets are read as files: the hub's own conversion to parquet, and the JSON beside the script.
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("input: at least one of").add_argument
+    add("--dataset", nargs="+", default=[], metavar="FILE_OR_ID",
+        help="preference and SFT sets: files, hub ids, id:split. Those of a kind are put together; "
+             "preference sets must share a schema, as confidences differ in scale")
+    add("--prompts", nargs="+", default=[], metavar="FILE_OR_ID",
+        help="sets with prompts to answer; of a hub set its test split, where it has one. `reference` is the "
+             "set's answer, of a pair the chosen one")
+    add = parser.add_argument_group("output (default)").add_argument
+    add("--out", default="data", help="folder to write to (%(default)s)")
+    add("--validation_fraction", type=float, default=0.1, help="share of the prompts held out (%(default)s)")
+    add("--num_prompts", type=int, default=1000, help="random prompts of a prompt set, 0: all (%(default)s)")
+    add("--seed", type=int, default=0, help="picks held-out and random prompts, and the order (%(default)s)")
+    args = parser.parse_args()
+    if not args.dataset and not args.prompts:
+        fail("nothing to do; name sets after --dataset or --prompts")
+    if not 0 <= args.validation_fraction < 1:
+        fail(f"--validation_fraction {args.validation_fraction}: give a share of at least 0 and below 1")
+    if args.num_prompts < 0:
+        fail(f"--num_prompts {args.num_prompts}: give a number of prompts, or 0 for all")
+    labels = [os.path.basename(os.path.normpath(name)).replace(":", "-") for name in args.prompts]
+    labels = [re.sub(r"(\.(jsonl|json|csv|parquet|gz))+$", "", label) for label in labels]
+    if len(set(labels)) < len(labels):
+        fail(f"--prompts: two sets would share a file ({', '.join(labels)}); rename one, or use two --out")
+    args.prompts = dict(zip(labels, args.prompts))
+    return args
+
+
+def main():
+    args = parse_args()
+
+    # read: the sets of a kind are put together
+    pairs, sft = {"train": [], "validation": []}, {"train": [], "validation": []}
+    schemas = set()  # of the preference sets
+    for name in args.dataset:
+        schema, rows = read_set(name)
+        first = (rows["train"] or rows["validation"])[0]
+        if "chosen" not in first:
+            fail(f"{name}: no column `chosen` ({' '.join(first)}); rename one, or give prompts to --prompts")
+        if "rejected" in first:
+            schemas.add(schema)
+        for split in rows:
+            (pairs if "rejected" in first else sft)[split] += rows[split]
+    if len(schemas) > 1:
+        fail(f"--dataset: several schemas of pairs ({', '.join(sorted(schemas))}); give each its own --out")
+
+    # split: train and validation share no prompt, and `own` prompts stay out of training
+    for kind in (pairs, sft):
+        if not kind["train"]:  # a validation split that comes alone is split like any other set
+            kind["train"], kind["validation"] = kind["validation"], []
+    own = {prompt_key(row) for kind in (pairs, sft) for row in kind["validation"]}
+    kept = {split: [row for row in rows if "confidence" in row] for split, rows in pairs.items()}
+    if any(kept.values()) and kept != pairs:
+        missing = " and ".join(f"{len(pairs[split]) - len(kept[split]):,} {split}" for split in pairs)
+        print(f"without a confidence, left out of every split: {missing} rows")
+        pairs = kept
+    fresh = [{prompt_key(row) for row in kind["train"]} - own for kind in (pairs, sft)]
+    held = held_out(fresh, args.validation_fraction, args.seed)
+    files = {}  # all of them are made before the first is written
+    if schemas:
+        splits = make_splits("preference sets", pairs, own, held, args.seed)
+        for name, halves in preference_splits(*splits).items():
+            files |= {f"{name}/{split}.jsonl": rows for split, rows in halves.items()}
+    if any(sft.values()):
+        train, _, validation = make_splits("SFT sets", sft, own, held, args.seed)
+        files |= {"sft/train.jsonl": train, "sft/validation.jsonl": validation}
+    for label, name in args.prompts.items():
+        files[f"prompts/{label}.jsonl"] = prompt_set(name, label, args)
+
+    # write: a file appears whole; one of an earlier call that has no rows now goes, as sets would mix
+    # (errors="replace": a lone surrogate has no UTF-8, it becomes "?")
+    try:
+        for path, rows in files.items():
+            path = os.path.join(args.out, path)
+            if rows:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path + ".partial", "w", encoding="utf-8", errors="replace") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+                os.replace(path + ".partial", path)
+                print(f"{path}: {len(rows):,} rows")
+            elif os.path.exists(path):
+                os.remove(path)
+                print(f"{path}: no rows; removed the file of an earlier call")
+    except OSError as error:
+        fail(f"--out {args.out}: cannot write there ({error})")
+
+
+def read_set(name, prompts=False):
+    """(schema, {"train": rows, "validation": rows}) of a set; prints what was read and dropped."""
+    schema, rows, dropped = None, {"train": [], "validation": []}, Counter()
+    for split, number, raw in tqdm(raw_rows(name, prompts), desc=name, unit=" rows", delay=1, disable=None):
+        if schema is None:
+            schema = next((kind for kind in SCHEMAS if set(SCHEMAS[kind][0].split()) <= set(raw)), None)
+        if schema is None:
+            known = "; ".join(f"{kind}: {columns}" for kind, (columns, _) in SCHEMAS.items())
+            fail(f"{name}: no known schema has its columns ({' '.join(raw)}); rename them to one of: {known}")
+        columns, convert = SCHEMAS[schema]
+        try:
+            row = convert({column: raw[column] for column in columns.split()} | raw)  # KeyError if one lacks
+            row = row if isinstance(row, str) else clean(row)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}; give it {columns.replace(' ', ', ')}"
+            fail(f"{name}, row {number}: not a row of the set's {schema} ({reason})")
+        if isinstance(row, str):
+            dropped[row] += 1
+        else:
+            rows[split].append(row)
+    reasons = ", ".join(f"{count:,} {why}" for why, count in dropped.items()) or "none"
+    counts = " and ".join(f"{len(rows[split]):,} {split}" for split in rows if rows[split])
+    if not counts:
+        fail(f"{name}: " + (f"no row of it can be used: {reasons}" if dropped else "it holds no rows"))
+    print(f"{name} ({schema}): {counts} rows; dropped: {reasons}")
+    return schema, rows
+
+
+# What load_dataset needs where the id is not enough. It runs no scripts, so two sets are read as files: the
+# hub's own conversion to parquet, and the JSON beside the script.
 OPENAI = "hf://datasets/openai/summarize_from_feedback@refs/convert/parquet/comparisons"
-ALPACA = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"
 HUB = {
-    "openai/summarize_from_feedback": (
-        {"path": "parquet", "data_files": {"train": OPENAI + "/train/*.parquet",
-                                           "validation": OPENAI + "/validation/*.parquet"}},
-        "train", "validation", "validation"),
-    "CarperAI/openai_summarize_tldr": ({"path": "CarperAI/openai_summarize_tldr"}, "train", "valid", "test"),
-    "argilla/ultrafeedback-binarized-preferences-cleaned": (
-        {"path": "argilla/ultrafeedback-binarized-preferences-cleaned"}, "train", None, "train"),
-    "trl-lib/ultrafeedback_binarized": ({"path": "trl-lib/ultrafeedback_binarized"}, "train", "test", "test"),
-    "Anthropic/hh-rlhf": ({"path": "Anthropic/hh-rlhf"}, "train", "test", "test"),
-    "abisee/cnn_dailymail": ({"path": "abisee/cnn_dailymail", "name": "3.0.0"},
-                             "train", "validation", "test"),
-    "tatsu-lab/alpaca_eval": ({"path": "json", "data_files": {"eval": ALPACA}}, "eval", None, "eval"),
+    "abisee/cnn_dailymail": {"path": "abisee/cnn_dailymail", "name": "3.0.0"},
+    "tatsu-lab/alpaca_eval": {"path": "json", "data_files": {
+        "eval": "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"}},
+    "openai/summarize_from_feedback": {"path": "parquet", "data_files": {
+        "train": OPENAI + "/train/*.parquet", "validation": OPENAI + "/validation/*.parquet"}},
 }
 
 
-def fail(message):
-    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def raw_rows(name, prompts):
+    """Yields (train or validation, row number, raw row) of a file or of what load_dataset gives."""
+    if os.path.isfile(name):
+        for number, raw in file_rows(name):
+            if not isinstance(raw, dict):
+                fail(f"{name}, line {number}: not a JSON object; write one object a row")
+            # the raw files of OpenAI's comparisons name each row's split: train, valid1, valid2
+            held_out = "summaries" in raw and str(raw.get("split")).startswith("valid")
+            yield "validation" if held_out else "train", number, raw
+        return
+    path, _, wanted = name.partition(":")
+    try:
+        from datasets import load_dataset  # here, as the import takes seconds
+        splits = load_dataset(**HUB.get(path, {"path": path}), split=wanted or None)
+    except Exception as error:  # the hub client's failures have no class in common
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        fail(f"{name}: no file, and the hub does not give it ({reason}); mend the name or the connection")
+    splits = {wanted: splits} if wanted else splits
+    if len(splits) > 1:
+        held_out = [split for split in ("validation", "valid", "val", "dev", "test") if split in splits]
+        tests = [split for split in ("test", *held_out, "train") if split in splits]
+        picked = tests[:1] if prompts else ["train", *held_out[:1]]
+        if not picked or picked[0] not in splits:
+            fail(f"{name}: it has no split `train`; name one as {name}:SPLIT, of {', '.join(splits)}")
+        splits = {split: splits[split] for split in picked}
+    for split, rows in splits.items():
+        side = "validation" if split.startswith(("val", "dev", "test")) and not prompts else "train"
+        yield from ((side, number, raw) for number, raw in enumerate(rows, 1))
 
 
-# ---- raw row -> row in our form, or (a str) why it is dropped
+def file_rows(path):
+    """Yields (row number, row) of a parquet or CSV file or a JSON array, (line number, row) of JSON lines."""
+    try:
+        if path.endswith(".parquet"):
+            import pyarrow.parquet  # here, as JSON needs none of it
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        elif path.endswith((".csv", ".csv.gz")):
+            from pyarrow import csv
+            # in these columns 12 is a text; in the others it is a number, and nothing is None
+            texts = {column: "string" for columns, _ in SCHEMAS.values() for column in columns.split()
+                     if "rating" not in column}
+            yield from enumerate(csv.read_csv(
+                path, parse_options=csv.ParseOptions(newlines_in_values=True),
+                convert_options=csv.ConvertOptions(column_types=texts)).to_pylist(), 1)
+        else:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+                for number, line in enumerate(file, 1):
+                    if number == 1 and line.startswith("["):
+                        yield from enumerate(json.loads(line + file.read()), 1)
+                    elif line.strip():
+                        yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line, or one array of them")
+    except (OSError, EOFError, zlib.error, ValueError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        fail(f"{path}: cannot read it ({reason}); name a UTF-8 JSON or CSV file, or a parquet file")
 
-def tldr_prompt(subreddit, title, post):
-    """OpenAI's query format; a missing title stays empty."""
-    subreddit, title, post = subreddit.strip(), (title or "").strip(), post.strip()
-    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
 
-
-def article_prompt(article):
-    return f"Article: {article.strip()}\n\nTL;DR:"
-
-
-def gap(better, worse):
-    """The stand-in for a confidence; None where a rating is missing."""
-    return None if better is None or worse is None else better - worse
+# Raw row -> row in our form, or (a str) why it is dropped
+ARTICLE = "Article: {}\n\nTL;DR:"
+TLDR = "SUBREDDIT: r/{}\n\nTITLE: {}\n\nPOST: {}\n\nTL;DR:"  # OpenAI's query format
 
 
 def openai_row(raw):
-    info, choice = raw["info"], raw["choice"]
+    info, choice, text = raw["info"], raw["choice"], [summary["text"] for summary in raw["summaries"]]
     if info.get("post"):
-        prompt = tldr_prompt(info["subreddit"], info.get("title"), info["post"])
+        parts = info["subreddit"], info.get("title") or "", info["post"]
+        prompt = TLDR.format(*(part.strip() for part in parts))
     elif info.get("article"):  # the validation split's CNN/DM batches
-        prompt = article_prompt(info["article"])
+        prompt = ARTICLE.format(info["article"].strip())
     else:
         return "without post and article"
-    row = {"prompt": prompt, "chosen": raw["summaries"][choice]["text"],
-           "rejected": raw["summaries"][1 - choice]["text"],
+    row = {"prompt": prompt, "chosen": text[choice], "rejected": text[1 - choice],
            "confidence": (raw.get("extra") or {}).get("confidence"),
            "id": info.get("id"), "batch": raw.get("batch")}
     return {key: value for key, value in row.items() if value is not None}
-
-
-def argilla_row(raw):
-    return {"prompt": raw["prompt"], "chosen": raw["chosen"], "rejected": raw["rejected"],
-            "confidence": gap(raw["chosen-rating"], raw["rejected-rating"])}
 
 
 def conversation_row(raw):
@@ -118,21 +261,44 @@ def conversation_row(raw):
     for talk in (raw["chosen"], raw["rejected"]):
         if isinstance(talk, str):  # splits into ["", "Human", " ...", "Assistant", " ..."]
             start, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + talk.lstrip())
-            talk = [] if start.strip() else [
-                {"role": "user" if role == "Human" else "assistant", "content": text.strip()}
-                for role, text in zip(parts[::2], parts[1::2])]
+            if start.strip() or not parts:
+                return "without a prompt (name its column `prompt`, or make the texts HH's transcripts)"
+            talk = [{"role": "user" if who == "Human" else "assistant", "content": text.strip()}
+                    for who, text in zip(parts[::2], parts[1::2])]
         talks.append(talk)
     if not all(talk and talk[-1]["role"] == "assistant" for talk in talks):
         return "without an assistant's last turn"
     if talks[0][:-1] != talks[1][:-1]:
         return "with two different prompts"
-    return {"prompt": talks[0][:-1], "chosen": talks[0], "rejected": talks[1],
-            "confidence": gap(raw.get("score_chosen"), raw.get("score_rejected"))}
+    row = {"prompt": talks[0][:-1], "chosen": talks[0], "rejected": talks[1]}
+    return rated_row(row, raw.get("score_chosen"), raw.get("score_rejected"))
+
+
+def rated_row(row, better, worse):
+    """A pair with the gap of its two ratings as the confidence; None where a rating is missing."""
+    gap = None if better is None or worse is None else better - worse
+    return {key: row[key] for key in ("prompt", "chosen", "rejected")} | {"confidence": gap}
+
+
+def answer_row(raw, column):
+    """An SFT row whose response stands in `column`; the prompt of TL;DR's (`label`) gets OpenAI's format."""
+    row = {key: value for key, value in raw.items() if key not in ("prompt", column)}
+    post = column == "label" and re.fullmatch(
+        r"SUBREDDIT: r/(.*?)\n+TITLE:(.*?)\n+POST:(.*)\n+TL;DR:\s*", raw["prompt"], re.DOTALL)
+    prompt = TLDR.format(*(part.strip() for part in post.groups())) if post else raw["prompt"]
+    return {"prompt": prompt, "chosen": raw[column]} | row
+
+
+def messages_row(raw):
+    talk = raw["messages"]
+    if not talk or talk[-1]["role"] != "assistant":
+        return "without an assistant's last turn"
+    return answer_row(raw | {"prompt": talk[:-1]}, "messages")
 
 
 def article_row(raw):
-    row = {"prompt": article_prompt(raw["article"]), "chosen": raw["highlights"].replace("\n", " ")}
-    return dict(row, id=raw["id"]) if raw.get("id") else row
+    row = {"prompt": ARTICLE.format(raw["article"].strip()), "chosen": raw["highlights"].replace("\n", " ")}
+    return row | ({"id": raw["id"]} if raw.get("id") else {})
 
 
 def instruction_row(raw):
@@ -140,27 +306,18 @@ def instruction_row(raw):
     return {"prompt": [{"role": "user", "content": text}], "chosen": raw["output"]}
 
 
-def label_row(raw):
-    row = {"prompt": raw["prompt"], "chosen": raw["label"]}
-    row |= {key: value for key, value in raw.items() if key not in ("prompt", "label")}
-    post = re.fullmatch(r"SUBREDDIT: r/(.*?)\n+TITLE:(.*?)\n+POST:(.*)\n+TL;DR:\s*", raw["prompt"], re.DOTALL)
-    return dict(row, prompt=tldr_prompt(*post.groups())) if post else row
-
-
-def response_row(raw):
-    row = {"prompt": raw["prompt"], "chosen": raw["response"]}
-    return row | {key: value for key, value in raw.items() if key not in ("prompt", "response")}
-
-
 # Kind of set: its columns, raw row -> our row. A set is of the first kind whose columns its first row has.
 SCHEMAS = {
     "OpenAI's comparisons": ("info summaries choice", openai_row),
-    "argilla's UltraFeedback": ("prompt chosen rejected chosen-rating rejected-rating", argilla_row),
+    "argilla's UltraFeedback": ("prompt chosen rejected chosen-rating rejected-rating",
+                                lambda raw: rated_row(raw, raw["chosen-rating"], raw["rejected-rating"])),
     "pairs": ("prompt chosen rejected", dict),
     "conversations": ("chosen rejected", conversation_row),
     "SFT rows": ("prompt chosen", dict),
-    "SFT labels": ("prompt label", label_row),
-    "SFT responses": ("prompt response", response_row),
+    "SFT labels": ("prompt label", lambda raw: answer_row(raw, "label")),
+    "SFT responses": ("prompt response", lambda raw: answer_row(raw, "response")),
+    "SFT completions": ("prompt completion", lambda raw: answer_row(raw, "completion")),
+    "SFT messages": ("messages", messages_row),
     "articles": ("article highlights", article_row),
     "instructions": ("instruction output", instruction_row),
     "prompts": ("prompt", dict),
@@ -168,10 +325,7 @@ SCHEMAS = {
 
 
 def clean(row):
-    """
-    A row with its texts as the models read them, and a pair's `edit_distance`; or (a str) why it is dropped.
-    Bad fields raise KeyError, TypeError, AttributeError or IndexError.
-    """
+    """The row as the models read it, with a pair's `edit_distance`; or (a str) why it is dropped."""
     row, prompt = dict(row), row["prompt"]
     if isinstance(prompt, str) and isinstance(row.get("chosen"), list):
         prompt = [{"role": "user", "content": prompt}]
@@ -206,260 +360,86 @@ def clean(row):
     return row
 
 
-# ---- reading
-
-def json_rows(path):
-    """Yields (line number, row) of JSON lines, or (row number, row) of one JSON array; .gz is unzipped."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1 and line.startswith("["):
-                    yield from enumerate(json.loads(line + file.read()), 1)
-                elif line.strip():
-                    yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line, or one array of them")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot read it ({error}); name a UTF-8 JSON or a parquet file")
+def held_out(sets, fraction, seed):
+    """Of sets of prompts, those with hash(seed, prompt) / 2^64 < fraction; of each set one at least."""
+    place = {}  # prompt -> its place in [0, 1)
+    for prompt in set().union(*sets):
+        digest = hashlib.sha256(f"{seed} {prompt}".encode("utf-8", "replace")).digest()
+        place[prompt] = int.from_bytes(digest[:8], "big") / 2**64
+    held = {prompt for prompt in place if place[prompt] < fraction}
+    for number, prompts in enumerate(sets):
+        if fraction > 0 and len(prompts) > 1 and not prompts & held:  # if it can, it spares the sets before
+            held.add(min(prompts.difference(*sets[:number]) or prompts, key=place.get))
+    return held
 
 
-def parquet_rows(path):
-    """Yields (row number, row) of a parquet file."""
-    import pyarrow.parquet  # here, as JSON needs none of it
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except (OSError, pyarrow.ArrowException) as error:
-        fail(f"{path}: cannot read it ({str(error).splitlines()[0]}); name a JSON or a parquet file")
+def make_splits(kind, rows, own, held, seed):
+    """{"train", "validation"} rows -> (train, held out of train, validation), each in the seed's order."""
+    for split in rows.values():
+        random.Random(seed).shuffle(split)
+    fresh = [row for row in rows["train"] if prompt_key(row) not in own]
+    train = [row for row in fresh if prompt_key(row) not in held]
+    out = [row for row in fresh if prompt_key(row) in held]
+    if own:
+        print(f"{kind}: of {len(rows['train']):,} train rows, {len(out):,} held out by prompt, "
+              f"{len(rows['train']) - len(fresh):,} dropped as a validation split has their prompt")
+    if not train:
+        fail(f"--dataset: the {kind} leave no training rows; give more, or a smaller --validation_fraction")
+    return train, out, rows["validation"] or out
 
 
-def hub_rows(name, split):
-    """Yields (row number, row) of a split of a known set."""
-    try:
-        from datasets import load_dataset  # here, as the import takes seconds
-        rows = load_dataset(**HUB[name][0], split=split)
-    except Exception as error:  # the hub client's failures have no class in common
-        error = error.__cause__ or error
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        fail(f"{name}: the hub did not give it ({reason}); mend the connection or name a local copy")
-    yield from enumerate(rows, 1)
-
-
-def raw_rows(name, prompts):
-    """Yields (split, row number, raw row) of a file or a hub set; `prompts`: of the latter one split."""
-    if name in HUB:
-        _, train, validation, test = HUB[name]
-        wanted = {"train": test} if prompts else {"train": train, "validation": validation}
-        for split, its_name in wanted.items():
-            if its_name:
-                yield from ((split, number, raw) for number, raw in hub_rows(name, its_name))
-    elif os.path.isfile(name):
-        for number, raw in parquet_rows(name) if name.endswith(".parquet") else json_rows(name):
-            if not isinstance(raw, dict):
-                fail(f"{name}, line {number}: not a JSON object; write one object a row")
-            # the raw files of OpenAI's comparisons name each row's split: train, valid1, valid2
-            held_out = "summaries" in raw and str(raw.get("split")).startswith("valid")
-            yield "validation" if held_out else "train", number, raw
-    else:
-        fail(f"{name}: neither a file nor a known set; known are {', '.join(HUB)}")
-
-
-def read_set(name, prompts=False):
-    """(schema, {"train": rows, "validation": rows}) of a set; prints what was read and dropped."""
-    schema, rows, dropped = None, {"train": [], "validation": []}, Counter()
-    for split, number, raw in tqdm(raw_rows(name, prompts), desc=name, unit=" rows", delay=1, disable=None):
-        if schema is None:
-            schema = next((kind for kind in SCHEMAS if set(SCHEMAS[kind][0].split()) <= set(raw)), None)
-        if schema is None:
-            known = "; ".join(f"{kind}: {columns}" for kind, (columns, _) in SCHEMAS.items())
-            fail(f"{name}: no known schema has its columns ({' '.join(raw)}); rename them to one of: {known}")
-        columns, convert = SCHEMAS[schema]
-        try:
-            row = convert({column: raw[column] for column in columns.split()} | raw)  # KeyError if one lacks
-            row = row if isinstance(row, str) else clean(row)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            fail(f"{name}, row {number}: not a row of the set's {schema} ({type(error).__name__}: {error}); "
-                 f"give it {columns.replace(' ', ', ')}")
-        if isinstance(row, str):
-            dropped[row] += 1
-        else:
-            rows[split].append(row)
-    reasons = ", ".join(f"{count:,} {why}" for why, count in dropped.items()) or "none"
-    if schema is None:
-        fail(f"{name}: it holds no rows")
-    counts = " and ".join(f"{len(rows[split]):,} {split}" for split in rows if rows[split])
-    print(f"{name} ({schema}): {counts or 'no'} rows; dropped: {reasons}")
-    if not counts:
-        fail(f"{name}: no row of it can be used; see the line above")
-    return schema, rows
-
-
-# ---- splitting and writing
-
-def hashable(prompt):
-    """The prompt as text; a lone user's message is the same prompt as its text."""
+def prompt_key(row):
+    """The row's prompt as text; a lone user's message is the same prompt as its text."""
+    prompt = row["prompt"]
     if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
         prompt = prompt[0]["content"]
     return prompt if isinstance(prompt, str) else json.dumps(prompt)
 
 
-def hold_out(rows, fraction, seed):
-    """(train, validation) rows; held out: prompts with hash(seed, prompt) / 2^64 < fraction, one at least."""
-    place = {}  # prompt -> its place in [0, 1)
-    for row in rows:
-        prompt = hashable(row["prompt"])
-        if prompt not in place:
-            digest = hashlib.sha256(f"{seed} {prompt}".encode("utf-8", "replace")).digest()
-            place[prompt] = int.from_bytes(digest[:8], "big") / 2**64
-    held = {prompt for prompt in place if place[prompt] < fraction}
-    if not held and fraction > 0 and len(place) > 1:
-        held = {min(place, key=place.get)}
-    return ([row for row in rows if hashable(row["prompt"]) not in held],
-            [row for row in rows if hashable(row["prompt"]) in held])
-
-
-def with_confidence(rows):
-    """{split: rows} less the rows without a confidence, if there are rows with one; says how many."""
-    kept = {split: [row for row in rows[split] if "confidence" in row] for split in rows}
-    if not any(kept.values()):
-        return rows
-    missing = [f"{len(rows[split]) - len(kept[split]):,} {split}" for split in rows]
-    if kept != rows:
-        print(f"without a confidence, left out of every split: {' and '.join(missing)} rows")
-    return kept
-
-
-def make_splits(kind, rows, own, fraction, seed):
-    """{"train", "validation"} rows -> (train, held out of train, validation), each in the seed's order; `own` are the prompts of
-    the validation splits that the sets of either kind bring along."""
-    for split in rows.values():
-        random.Random(seed).shuffle(split)
-    fresh = [row for row in rows["train"] if hashable(row["prompt"]) not in own]
-    train, held = hold_out(fresh, fraction, seed)
-    if own:
-        print(f"{kind}: of {len(rows['train']):,} train rows, {len(held):,} held out by prompt, "
-              f"{len(rows['train']) - len(fresh):,} dropped as a validation split has their prompt")
-    if not train:
-        fail(f"--dataset: the {kind} leave no training rows; give more, or a smaller --validation_fraction")
-    return train, held, rows["validation"] or held
-
-
 def preference_splits(train, held, validation):
     """{set: {split: rows}} of all, hc_he and lc_le, by the medians of `train`; prints Table 5."""
-    sets = {name: {"train": [], "validation": []} for name in ("all", "hc_he", "lc_le")}
-    sets["all"] = {"train": train, "validation": validation}
+    sets = {"all": {"train": train, "validation": validation}} | {
+        name: {"train": [], "validation": []} for name in ("hc_he", "lc_le")}
     if "confidence" in train[0]:
         confidence = statistics.median(row["confidence"] for row in train)
         distance = statistics.median(row["edit_distance"] for row in train)
         print(f"medians of all/train: confidence {confidence:g}, edit distance {distance:.4f}")
-        for split, rows in (("train", train), ("validation", held)):
-            for row in rows:
-                if row["confidence"] > confidence and row["edit_distance"] > distance:
-                    sets["hc_he"][split].append(row)
-                if row["confidence"] < confidence and row["edit_distance"] < distance:
-                    sets["lc_le"][split].append(row)
+        for name, side, beyond in ("hc_he", "above", operator.gt), ("lc_le", "below", operator.lt):
+            for split, rows in ("train", train), ("validation", held):
+                sets[name][split] = [row for row in rows if beyond(row["confidence"], confidence)
+                                     and beyond(row["edit_distance"], distance)]
+            if not sets[name]["train"]:
+                print(f"{name} stays empty: no training pair is {side} both medians")
     else:
         print("no confidences, so hc_he and lc_le stay empty")
-    for name, side in ("hc_he", "above"), ("lc_le", "below"):
-        if "confidence" in train[0] and not sets[name]["train"]:
-            print(f"{name} stays empty: no training pair is {side} both medians")
     print("\n| set | confidence | edit distance | train | validation |\n|---|---|---|---|---|")
     for name, splits in sets.items():
-        columns = [[row[key] for row in splits["train"] if key in row]
-                   for key in ("confidence", "edit_distance")]
+        keys = "confidence", "edit_distance"
+        columns = [[row[key] for row in splits["train"] if key in row] for key in keys]
         means = [f"{statistics.fmean(column):.2f}" if column else "-" for column in columns]
         print(f"| {name} | {' | '.join(means)} | {len(splits['train']):,} | {len(splits['validation']):,} |")
     print()
     return sets
 
 
-def prompt_set(name, label, count, seed):
-    """`count` (0: all) random rows of unique prompts: prompt, dataset; reference and id where there are."""
+def prompt_set(name, label, args):
+    """--num_prompts random rows of unique prompts: prompt, dataset; reference and id where there are."""
     unique = {}
-    for row in (row for split in read_set(name, prompts=True)[1].values() for row in split):
+    for row in sum(read_set(name, prompts=True)[1].values(), []):
         new = {"prompt": row["prompt"], "reference": row.get("reference", row.get("chosen")),
                "dataset": label, "id": row.get("id")}
-        new = {key: value for key, value in new.items() if value is not None}
-        unique.setdefault(hashable(row["prompt"]), new)
-    return random.Random(seed).sample(list(unique.values()), min(count or len(unique), len(unique)))
+        unique.setdefault(prompt_key(row), {key: value for key, value in new.items() if value is not None})
+    count = min(args.num_prompts or len(unique), len(unique))
+    return random.Random(args.seed).sample(list(unique.values()), count)
 
 
-def write_jsonl(path, rows):
-    """Writes the rows, whole or not at all. No rows, no file: an earlier call's goes, as sets would mix."""
-    if rows:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path + ".partial", "w", encoding="utf-8", errors="replace") as file:  # lone surrogates: "?"
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        os.replace(path + ".partial", path)
-        print(f"{path}: {len(rows):,} rows")
-    elif os.path.exists(path):
-        os.remove(path)
-        print(f"{path}: no rows; removed the file of an earlier call")
-    else:
-        print(f"{path}: no rows, not written")
+# ---- copies: the stages share these to the letter
 
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("input: at least one of")
-    group.add_argument("--dataset", nargs="+", default=[], metavar="NAME_OR_FILE",
-                       help="preference and SFT sets: hub ids or files. Those of a kind are put together; "
-                            "preference sets must share a schema, as confidences differ in scale")
-    group.add_argument("--prompts", nargs="+", default=[], metavar="NAME_OR_FILE",
-                       help="sets with prompts to answer; of a hub set its test split, where it has one (else "
-                            "what --dataset trains on: name data/all/validation.jsonl instead). "
-                            "`reference` is the set's answer, of a pair the chosen one")
-    group = parser.add_argument_group("output")
-    group.add_argument("--out", default="data", help="folder to write to (default: %(default)s)")
-    group.add_argument("--validation_fraction", type=float, default=0.1,
-                       help="share of the prompts held out of train (default: %(default)s)")
-    group.add_argument("--num_prompts", type=int, default=1000,
-                       help="random prompts of each prompt set; 0 means all (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0,
-                       help="picks held-out and random prompts and the order of rows (default: %(default)s)")
-    args = parser.parse_args()
-    if not args.dataset and not args.prompts:
-        fail("nothing to do; name sets after --dataset or --prompts")
-    if not 0 <= args.validation_fraction < 1:
-        fail(f"--validation_fraction {args.validation_fraction}: give a share of at least 0 and below 1")
-    if args.num_prompts < 0:
-        fail(f"--num_prompts {args.num_prompts}: give a number of prompts, or 0 for all")
-    labels = [re.sub(r"(\.(jsonl|json|parquet|gz))+$", "", os.path.basename(name)) for name in args.prompts]
-    if len(set(labels)) < len(labels):
-        fail(f"--prompts: two sets would share a file ({', '.join(labels)}); rename one, or use two --out")
-
-    pairs, sft = {"train": [], "validation": []}, {"train": [], "validation": []}
-    schemas = set()  # of the preference sets
-    for name in args.dataset:
-        schema, rows = read_set(name)
-        first = (rows["train"] or rows["validation"])[0]
-        if "chosen" not in first:
-            fail(f"{name}: prompts without responses; give it to --prompts")
-        if "rejected" in first:
-            schemas.add(schema)
-        for split in rows:
-            (pairs if "rejected" in first else sft)[split] += rows[split]
-    if len(schemas) > 1:
-        fail(f"--dataset: preference sets of several schemas ({', '.join(sorted(schemas))}); "
-             "split each in a call and an --out of its own")
-
-    own = {hashable(row["prompt"]) for kind in (pairs, sft) for row in kind["validation"]}
-    files = {}  # all of them are made before the first is written
-    if schemas:
-        splits = make_splits("preference sets", with_confidence(pairs), own, args.validation_fraction, args.seed)
-        for name, halves in preference_splits(*splits).items():
-            files |= {f"{name}/{split}.jsonl": rows for split, rows in halves.items()}
-    if any(sft.values()):
-        train, _, validation = make_splits("SFT sets", sft, own, args.validation_fraction, args.seed)
-        files |= {"sft/train.jsonl": train, "sft/validation.jsonl": validation}
-    for name, label in zip(args.prompts, labels):
-        files[f"prompts/{label}.jsonl"] = prompt_set(name, label, args.num_prompts, args.seed)
-    try:
-        for path, rows in files.items():
-            write_jsonl(os.path.join(args.out, path), rows)
-    except OSError as error:
-        fail(f"--out {args.out}: cannot write there ({error})")
+def fail(message):
+    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""splits.py as a program on small raw files of each schema, its output checked by other computations."""
+"""Runs splits.py on small raw files of each schema, and checks its output by other computations."""
+import csv
 import gzip
 import hashlib
 import json
@@ -20,7 +21,9 @@ WORDS = "ash bay cob dew elm fen gum hay ivy jet kit log moss nut oak pea".split
 def run(folder, *flags, status=0):
     """Runs splits.py in `folder`; bad input must give one line on stderr and nothing else."""
     done = subprocess.run([sys.executable, SPLITS, *map(str, flags)], cwd=folder, capture_output=True,
-                          text=True, env=dict(os.environ, HF_HUB_OFFLINE="1"))
+                          text=True, env=dict(
+                              os.environ, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(folder / "cache"),
+                              HF_DATASETS_DISABLE_PROGRESS_BARS="1"))
     assert done.returncode == status, done.stderr
     if status:
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
@@ -34,6 +37,11 @@ def write(path, rows):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.name.endswith(".json"):
         path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    elif path.name.endswith(".csv"):
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
     else:
         with (gzip.open if path.name.endswith(".gz") else open)(path, "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -217,9 +225,11 @@ def test_hh_transcripts(tmp_path):
            for i in range(20)]
     raw += [{"chosen": head.format(1) + " Yes.", "rejected": head.format(2) + " No."},
             {"chosen": head.format(3) + " ", "rejected": head.format(3) + " No."},
+            {"chosen": head.format(4), "rejected": head.format(4).rstrip("Assistant:")},
             {"chosen": "no transcript", "rejected": "at all"}]
     stdout = run(tmp_path, "--dataset", write(tmp_path / "hh.jsonl", raw))
-    for why in "with two different prompts", "with an empty `chosen`", "without an assistant's last turn":
+    for why in ("with two different prompts", "with an empty `chosen`", "without an assistant's last turn",
+                "without a prompt"):
         assert f"1 {why}" in stdout
     rows = read(tmp_path / "data/all/train.jsonl") + read(tmp_path / "data/all/validation.jsonl")
     assert len(rows) == 20
@@ -253,17 +263,87 @@ def test_sft_sets_share_prompts_and_held_out_prompts_with_the_pairs(tmp_path):
 
 
 def test_a_validation_split_of_one_kind_is_no_training_data_of_the_other(tmp_path):
-    """Prompts of a preference set's own validation split leave sft/train, as message or as text; a lone user's message lands on
-    the side of its text."""
-    raw = [comparison(number, 5) for number in range(60)] + [comparison(number, 5, "valid1") for number in range(20)]
+    """Prompts of a pair set's own validation split leave sft/train. A user's message counts as its text."""
+    raw = [comparison(i, 5) for i in range(60)] + [comparison(i, 5, "valid1") for i in range(20)]
     run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw))
-    held, kept = ([row["prompt"] for row in read(tmp_path / f"data/all/{split}.jsonl")] for split in ("validation", "train"))
-    posts = [f"SUBREDDIT: r/gardens\n\nTITLE: Title {n}\n\nPOST: Post {n} of train.\nMore.\n\nTL;DR:" for n in range(60)]
-    own = [{"prompt": [{"role": "user", "content": prompt}], "chosen": f"Answer {k}."} for k, prompt in enumerate(held + posts)]
+    held, kept = ([row["prompt"] for row in read(tmp_path / f"data/all/{split}.jsonl")]
+                  for split in ("validation", "train"))
+    posts = [f"SUBREDDIT: r/gardens\n\nTITLE: Title {i}\n\nPOST: Post {i} of train.\nMore.\n\nTL;DR:"
+             for i in range(60)]
+    own = [{"prompt": [{"role": "user", "content": prompt}], "chosen": f"Answer {i}."}
+           for i, prompt in enumerate(held + posts)]
     run(tmp_path, "--dataset", tmp_path / "raw.jsonl", write(tmp_path / "sft.jsonl", own))
     train = {row["prompt"][0]["content"] for row in read(tmp_path / "data/sft/train.jsonl")}
     assert len(held) == 20 and not train & set(held)
     assert train == set(kept) < set(posts)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tiny_sets_share_no_prompt_either(tmp_path, seed):
+    """No hash falls below the fraction: one prompt of each set is held out. It leaves the other set too."""
+    tiny = [{"prompt": f"Ask {i}?", "chosen": "yes", "rejected": "no"} for i in range(3)]
+    write(tmp_path / "pairs.jsonl", tiny)
+    write(tmp_path / "sft.jsonl", [{"prompt": f"Ask {i}?", "chosen": "yes"} for i in range(1, 9)])
+    run(tmp_path, "--dataset", "pairs.jsonl", "sft.jsonl", "--validation_fraction", 1e-9, "--seed", seed)
+    train, held = [[{row["prompt"] for row in read(tmp_path / f"data/{name}/{split}.jsonl")}
+                    for name in ("all", "sft")] for split in ("train", "validation")]
+    assert all(train) and all(held)
+    assert not set.union(*train) & set.union(*held)
+
+
+def test_rows_of_trl(tmp_path):
+    """`prompt` and `completion`, as text or messages, and `messages`; the last turn is the response."""
+    user, answer = {"role": "user", "content": "Ask?"}, {"role": "assistant", "content": " Answer."}
+    write(tmp_path / "a.jsonl", [{"prompt": "Ask?", "completion": " Answer.", "mine": 1}])
+    write(tmp_path / "b.jsonl", [{"prompt": [user], "completion": [answer]}])
+    talks = [user, answer], [user, answer, user, answer], [user], [answer]
+    write(tmp_path / "c.parquet", [{"prompt": "Ask?", "messages": talk} for talk in talks])
+    stdout = run(tmp_path, "--dataset", "a.jsonl", "b.jsonl", "c.parquet", "--validation_fraction", 0)
+    rows = read(tmp_path / "data/sft/train.jsonl")
+    assert {"prompt": "Ask?", "chosen": " Answer.", "mine": 1} in rows
+    assert rows.count({"prompt": [user], "chosen": "Answer."}) == 2
+    assert {"prompt": [user, {"role": "assistant", "content": " Answer."}, user], "chosen": "Answer."} in rows
+    assert len(rows) == 4 and "1 without an assistant's last turn, 1 with an empty prompt" in stdout
+
+
+def test_csv(tmp_path):
+    raw = [{key: row[key] for key in row if key != "mine"} for row in pairs(300, 60)]
+    raw[0] |= {"chosen": 'a, "b"\nc', "rejected": "12"}
+    run(tmp_path, "--dataset", write(tmp_path / "a.jsonl", raw), "--out", "a")
+    run(tmp_path, "--dataset", write(tmp_path / "b.csv", raw), "--out", "b")
+    (tmp_path / "c.csv.gz").write_bytes(gzip.compress((tmp_path / "b.csv").read_bytes()))
+    run(tmp_path, "--dataset", "c.csv.gz", "--out", "c")
+    a, b, c = [[(tmp_path / out / f"{name}.jsonl").read_bytes() for name in SETS] for out in "abc"]
+    assert a == b == c
+    raw[1]["confidence"] = ""
+    assert "left out of every split: 1 train" in run(tmp_path, "--dataset", write(tmp_path / "d.csv", raw))
+    run(tmp_path, "--prompts", write(tmp_path / "e.csv", [{"prompt": "7"}, {"prompt": "Why, so?"}]))
+    assert {row["prompt"] for row in read(tmp_path / "data/prompts/e.jsonl")} == {"7", "Why, so?"}
+
+
+def test_what_load_dataset_reads(tmp_path):
+    """A folder stands for a hub id: both go through load_dataset."""
+    for split in "train", "validation", "test":
+        (tmp_path / "set").mkdir(exist_ok=True)
+        write(tmp_path / f"set/{split}.jsonl",
+              [{"prompt": f"{split} {i}?", "chosen": "yes", "rejected": f"no {i}"} for i in range(20)])
+
+    def kinds(path):
+        return {row["prompt"].split()[0] for row in read(tmp_path / path)}
+    run(tmp_path, "--dataset", "set", "--prompts", "set", "set:validation", "--out", "a")
+    for path, split in (("all/train", "train"), ("all/validation", "validation"), ("prompts/set", "test"),
+                        ("prompts/set-validation", "validation")):
+        assert kinds(f"a/{path}.jsonl") == {split}
+    run(tmp_path, "--dataset", "set:validation", "--out", "b")  # a validation split alone: it is split
+    assert kinds("b/all/train.jsonl") == kinds("b/all/validation.jsonl") == {"validation"}
+    assert "nope" in run(tmp_path, "--dataset", "set:nope", status=2)
+
+    (tmp_path / "set/README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train_prefs, path: train.jsonl}\n"
+        "  - {split: test_prefs, path: test.jsonl}\n---\n")
+    assert "set:SPLIT, of train_prefs, test_prefs" in run(tmp_path, "--dataset", "set", status=2)
+    run(tmp_path, "--dataset", "set:train_prefs", "set:test_prefs", "--out", "c")
+    assert kinds("c/all/train.jsonl") == {"train"} and kinds("c/all/validation.jsonl") == {"test"}
 
 
 def test_the_space_before_a_response(tmp_path):
@@ -331,8 +411,8 @@ PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
 
 
 @pytest.mark.parametrize("content, flags, words", [
-    (None, "--dataset absent.jsonl", "absent.jsonl|neither a file nor a known set|Anthropic/hh-rlhf"),
-    (None, "--dataset someone/unknown", "someone/unknown|abisee/cnn_dailymail"),
+    (None, "--dataset absent.jsonl", "absent.jsonl|no file|hub"),
+    (None, "--dataset someone/unknown:train", "someone/unknown:train|no file|hub"),
     (None, "--dataset trl-lib/ultrafeedback_binarized", "trl-lib/ultrafeedback_binarized|hub"),
     (None, "--prompts tatsu-lab/alpaca_eval", "tatsu-lab/alpaca_eval|hub"),
     (None, "", "--dataset|--prompts"),
@@ -345,6 +425,11 @@ PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
     (PAIR[:-1] + ', "confidence": "high"}', "--dataset x.jsonl", "x.jsonl, row 1|confidence"),
     ('{"question": "a", "answer": "b"}', "--dataset x.jsonl", "question answer|info summaries|highlights"),
     ('{"prompt": "a"}', "--dataset x.jsonl", "x.jsonl|--prompts"),
+    ('{"prompt": "a", "answer": "b"}', "--dataset x.jsonl", "prompt answer|`chosen`|--prompts"),
+    ('{"question": "a", "chosen": "b", "rejected": "c"}', "--dataset x.jsonl", "name its column `prompt`"),
+    ("prompt,chosen\na,b,c\n", "--dataset x.csv", "x.csv|columns"),
+    ("prompt,chosen,rejected,confidence\na,b,c,high\n", "--dataset x.csv", "x.csv, row 1|confidence"),
+    ("", "--dataset x.csv", "x.csv|mpty"),
     (PAIR.replace('"c"', '" b"'), "--dataset x.jsonl", "x.jsonl|no row"),
     ("PAR1 no parquet", "--dataset x.parquet", "x.parquet"),
     ("no gzip", "--dataset x.jsonl.gz", "x.jsonl.gz"),
