@@ -43,6 +43,7 @@ def parse_args():
     flag("--max_new_tokens", type=int, default=256, help="tokens after which a response is cut off")
     flag("--max_length", type=int, default=1024, help="drop prompts longer than this less --max_new_tokens")
     flag("--micro_batch_size", type=int, default=32, help="prompts a batch, on one process")
+    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     flag("--seed", type=int, default=0, help="of the sampling")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
@@ -59,9 +60,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device, rank, world_size = init_process()
+    device, rank, world_size = init_process(args)
     tokenizer = load_tokenizer(args.model)
-    model, ends = load_model(args.model, device)
+    model, ends = load_model(args.model, device, args.dtype)
     ends.add(tokenizer.eos_token_id)
 
     # ---- prompts, each once, without those that are too long
@@ -107,9 +108,9 @@ def main():
     dist.destroy_process_group()
 
 
-def load_model(folder, device):
-    """The folder's causal LM, in bf16 where the GPU has it, and the ids that end a response."""
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+def load_model(folder, device, dtype):
+    """The folder's causal LM in "bf16" or "fp32", and the ids that end a response."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
                                                            output_loading_info=True)
@@ -172,8 +173,9 @@ def check_out(path):
         fail(f"--out {path}: it is a folder, or its folder cannot be written; name another file")
 
 
-def init_process():
-    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)"""
+def init_process(args):
+    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)
+    Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
     if "RANK" not in os.environ:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -189,6 +191,14 @@ def init_process():
             here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
+    if args.dtype == "auto":
+        cpu = torch.cpu.get_capabilities()
+        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bf16" if has_bf16 else "fp32"
+    if dist.get_rank() == 0:
+        print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -209,7 +219,7 @@ def read_jsonl(path, *keys):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with {', '.join(keys)}")
+        fail(f"{path}, line {number}: {error!r:.100}; write JSON objects with {', '.join(keys)}, as splits.py does")
     if not number:
         fail(f"{path}: it holds no rows")
 

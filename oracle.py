@@ -64,7 +64,8 @@ def parse_args():
     flag("--max_steps", type=int, help="optimizer steps (default: what --epochs takes)")
     flag("--epochs", type=float, help="passes over the data, in place of --max_steps (default: 1)")
     flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
-    flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, bf16 (off on a CPU), clipping")
+    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, offloading, gradient clipping")
     flag = parser.add_argument_group("logging and checkpoints").add_argument
     flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
     flag("--eval_rows", type=int, default=1000, help="evaluate on so many rows of --eval_data; 0: on all")
@@ -83,7 +84,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device, rank, world_size = init_process()
+    device, rank, world_size = init_process(args)
     torch.manual_seed(args.seed)
 
     # ---- model and data
@@ -104,7 +105,7 @@ def main():
     lm.config.num_labels = 1
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = PairModel(lm, lm.score)
+    model = PairModel(lm, lm.score, autocast=device.type == "cpu" and args.dtype == "bf16")
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
     groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}
@@ -115,7 +116,7 @@ def main():
     engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
                                   config=deepspeed_config(args, device, optimizer))[0]
     to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
-    check_layout(lm, pairs[row_tokens.argmax()], to_batch, args)
+    check_layout(model, pairs[row_tokens.argmax()], to_batch, args)
     state = start_run(engine, args)  # with --resume the last checkpoint's
 
     # ---- training
@@ -169,18 +170,26 @@ def loss_and_metrics(args, logps, rewards, chosen_tokens):
 
 
 class PairModel(torch.nn.Module):
-    """A causal LM, with a reward head or without, that scores both responses of a pair in one row."""
+    """A causal LM, with a reward head or without, that scores both responses of a pair in one row.
 
-    def __init__(self, lm, score=None):
+    On a GPU DeepSpeed casts the weights to bf16. On a CPU they stay fp32, and `autocast` multiplies in bf16. It is
+    entered in each forward pass: autocast caches the bf16 weights until it is left, so one block around the run would
+    compute every step with the first weights. Log-probs and rewards are fp32 always.
+    """
+
+    def __init__(self, lm, score=None, autocast=False):
         super().__init__()
         self.lm, self.score = lm, score
+        self.autocast = functools.partial(torch.autocast, lm.device.type, torch.bfloat16, enabled=autocast)
 
     def forward(self, input_ids, position_ids, segments, last, num_logps=2):
         """(logps, rewards) of (chosen, rejected), (B, 2) each; rewards is None without a head. With num_logps
         1 logps are of the chosen response alone, (B, 1); with 0 of none, (B, 0)."""
-        hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
-                                    attention_mask=pair_mask(segments)).last_hidden_state  # (B, T, H)
-        logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_logps)
+        with self.autocast():
+            dtype = torch.bfloat16 if self.autocast.keywords["enabled"] else self.lm.dtype
+            hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
+                                        attention_mask=pair_mask(segments, dtype)).last_hidden_state  # (B, T, H)
+            logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_logps)
         return logps, last_token_rewards(hidden, self.score.weight, last) if self.score else None
 
 
@@ -192,7 +201,8 @@ def collate(pairs, pad_token_id, device):
     integer tensors: input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding), (B, T);
     `last`, the positions of the two EOS, (B, 2). A reward is read at EOS.
     """
-    shape = len(pairs), 1 + max(sum(map(len, pair)) for pair in pairs)
+    width = 1 + max(sum(map(len, pair)) for pair in pairs)
+    shape = len(pairs), width + -width % (8 if str(device)[:4] == "cuda" else 1)  # GPUs are faster at multiples of 8
     input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
     position_ids, last = np.zeros(shape, int), np.zeros((len(pairs), 2), int)
     for i, (prompt, chosen, rejected) in enumerate(pairs):
@@ -205,26 +215,30 @@ def collate(pairs, pad_token_id, device):
     return {name: torch.as_tensor(array, device=device) for name, array in batch.items()}
 
 
-def pair_mask(segments):
-    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). It is causal, and a
-    response sees the prompt and itself. Padding sees padding, since a query that sees no key gives NaN."""
+def pair_mask(segments, dtype):
+    """Attention mask (B, 1, T, T), 0 where the query (row) sees the key (column), else the dtype's minimum. It is
+    causal, and a response sees the prompt and itself. Padding sees padding: a query without a key gives NaN."""
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     query, key = segments[:, :, None], segments[:, None, :]
-    return (causal & ((key == 0) | (key == query)))[:, None]
+    hidden = ~(causal & ((key == 0) | (key == query)))[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
 
 
 @torch.no_grad()
-def check_layout(lm, pair, to_batch, args):
+def check_layout(model, pair, to_batch, args):
     """Fails where the model's own forward on prompt + response gives other log-probs than the row of a pair.
     Such a model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
-    for response, logp in zip(pair[1:], PairModel(lm)(**to_batch([pair]))[0][0]):
-        ids = torch.as_tensor(np.concatenate([pair[0], response]), dtype=torch.long, device=logp.device)
-        logits = lm(ids[None]).logits[0, len(pair[0]) - 1:-1].float()  # (R, V)
-        own = logits.log_softmax(-1).gather(-1, ids[len(pair[0]):, None]).sum()
-        tolerance = 0.001 * len(response) if lm.dtype.itemsize >= 4 else 0.5 + 0.05 * len(response)  # bf16
+    prompt, *responses = pair
+    for response, logp in zip(responses, model(**to_batch([pair]))[0][0]):
+        ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long, device=logp.device)
+        with model.autocast():
+            logits = model.lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
+        own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
+        # bf16 keeps 8 bits: a token's log-prob is off by some hundredths, and chance adds them up
+        tolerance = 0.5 + 0.05 * len(response) if args.dtype == "bf16" else 0.001 * len(response)
         if not abs(own - logp) <= tolerance:  # NaN too
-            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward "
-                 f"and {logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
+            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward and "
+                 f"{logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
 
 
 def reward_head(lm):
@@ -303,9 +317,8 @@ def deepspeed_config(args, device, optimizer):
         clipping = float(config.get("gradient_clipping", 0))
         assert config["zero_optimization"]["stage"] in (1, 2), "zero_optimization.stage must be 1 or 2"
     config |= {"train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
-               "steps_per_print": 2**31, "gradient_clipping": clipping}
-    if device.type == "cpu":
-        config["bf16"] = {"enabled": False}
+               "steps_per_print": 2**31, "gradient_clipping": clipping,
+               "bf16": {"enabled": device.type == "cuda" and args.dtype == "bf16"}}
     if device.type == "cpu" and dist.get_world_size() == 1:
         config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
 
@@ -364,11 +377,17 @@ def log(args, step, window, engine=None, prefix="", **figures):
     if engine:
         finite = all(weight.isfinite().all() for weight in engine.module.parameters())
         if not finite or not math.isfinite(means.get("loss", math.nan)):
-            fail(f"step {step}: the loss or a weight is not finite; lower --learning_rate. It is not saved")
+            fail(f"step {step}: the loss or a weight is not finite; lower --learning_rate. No model is saved")
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         used = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else resident
-        figures |= {"grad_norm": float(engine.get_global_grad_norm()), "skipped_steps": engine.skipped_steps,
+        norm, skipped = float(engine.get_global_grad_norm()), engine.skipped_steps
+        figures |= {"grad_norm": norm if math.isfinite(norm) else None, "skipped_steps": skipped,
                     "peak_memory_gb": used / 2**30}
+        if 2 * skipped > step:
+            fail(f"step {step}: {skipped} steps had gradients that are not finite, and were skipped; lower "
+                 f"--learning_rate")
+        if skipped and not math.isfinite(norm) and dist.get_rank() == 0:
+            tqdm.write(f"warning: step {step} is skipped, its gradient is not finite; {skipped} steps so far")
     if dist.get_rank() == 0:
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **means, **figures}) + "\n")
@@ -425,8 +444,9 @@ def check_flags(args, *may_be_zero):
                 fail(f"--{name} {value}: give a number {'of 0 or more' if zero_too else 'above 0'}")
 
 
-def init_process():
-    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)"""
+def init_process(args):
+    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)
+    Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
     if "RANK" not in os.environ:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -442,6 +462,14 @@ def init_process():
             here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
+    if args.dtype == "auto":
+        cpu = torch.cpu.get_capabilities()
+        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bf16" if has_bf16 else "fp32"
+    if dist.get_rank() == 0:
+        print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -468,7 +496,7 @@ def read_jsonl(path, *keys):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with {', '.join(keys)}")
+        fail(f"{path}, line {number}: {error!r:.100}; write JSON objects with {', '.join(keys)}, as splits.py does")
     if not number:
         fail(f"{path}: it holds no rows")
 

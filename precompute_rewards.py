@@ -44,6 +44,8 @@ def parse_args():
     flag("--out", default="rewards.pt", help="file to write")
     flag("--max_length", type=int, default=1024, help="a row with more tokens of prompt + response gets NaN")
     flag("--micro_batch_size", type=int, default=32, help="responses a forward pass, on one process")
+    flag("--dtype", choices=["auto", "bf16", "fp32"], default="fp32",
+         help="auto: bf16 where the hardware has it. It blurs a pair's reward difference, so distil fp32")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
     check_flags(args)
@@ -53,7 +55,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device, rank, _ = init_process()
+    device, rank, _ = init_process(args)
 
     # ---- each text once: {(prompt as JSON, response): its number}, and by column the number of each row's text, or -1
     first = next(read_jsonl(args.data, "prompt"))
@@ -70,7 +72,7 @@ def main():
     rewards = {key: [] for key in numbers}  # K of (N,) each
     for folder in args.oracle:
         tokenizer = load_tokenizer(folder)
-        model = load_oracle(folder, device)
+        model = load_oracle(folder, device, args.dtype)
         encode = functools.cache(lambda prompt: np.array(encode_prompt(tokenizer, json.loads(prompt)), dtype=np.int32))
         ids = [np.append(encode(prompt), np.array(encode_response(tokenizer, response), dtype=np.int32))
                for prompt, response in tqdm(texts, "tokenising", disable=rank > 0)]
@@ -105,9 +107,9 @@ def main():
     dist.destroy_process_group()
 
 
-def load_oracle(folder, device):
-    """The folder's reward model: a decoder with a linear head `score`, one label."""
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+def load_oracle(folder, device, dtype):
+    """The folder's reward model in "bf16" or "fp32": a decoder with a linear head `score`, one label."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     with reading(f"--oracle {folder}", "give a reward model with one label; oracle.py trains one"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder, num_labels=1, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
@@ -170,8 +172,9 @@ def check_out(path):
         fail(f"--out {path}: it is a folder, or its folder cannot be written; name another file")
 
 
-def init_process():
-    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)"""
+def init_process(args):
+    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)
+    Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
     if "RANK" not in os.environ:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -187,6 +190,14 @@ def init_process():
             here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
+    if args.dtype == "auto":
+        cpu = torch.cpu.get_capabilities()
+        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bf16" if has_bf16 else "fp32"
+    if dist.get_rank() == 0:
+        print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -213,7 +224,7 @@ def read_jsonl(path, *keys):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with {', '.join(keys)}")
+        fail(f"{path}, line {number}: {error!r:.100}; write JSON objects with {', '.join(keys)}, as splits.py does")
     if not number:
         fail(f"{path}: it holds no rows")
 

@@ -55,7 +55,8 @@ def parse_args():
     flag("--max_steps", type=int, help="optimizer steps (default: what --epochs takes)")
     flag("--epochs", type=float, help="passes over the data, in place of --max_steps (default: 1)")
     flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
-    flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, bf16 (off on a CPU), clipping")
+    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, offloading, gradient clipping")
     flag = parser.add_argument_group("logging and checkpoints").add_argument
     flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
     flag("--eval_rows", type=int, default=1000, help="evaluate on so many rows of --eval_data; 0: on all")
@@ -72,7 +73,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device, rank, world_size = init_process()
+    device, rank, world_size = init_process(args)
     torch.manual_seed(args.seed)
 
     # ---- model and data
@@ -90,7 +91,7 @@ def main():
     # ---- model, optimizer, engine
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = ResponseModel(lm)
+    model = ResponseModel(lm, autocast=device.type == "cpu" and args.dtype == "bf16")
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
     groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}
@@ -134,15 +135,17 @@ def main():
 
 
 class ResponseModel(torch.nn.Module):
-    """A causal LM that returns log pi(y|x) of its rows' responses, (B,)."""
+    """A causal LM that returns log pi(y|x) of its rows' responses, (B,), in fp32. For `autocast` see align.py."""
 
-    def __init__(self, lm):
+    def __init__(self, lm, autocast=False):
         super().__init__()
         self.lm = lm
+        self.autocast = functools.partial(torch.autocast, lm.device.type, torch.bfloat16, enabled=autocast)
 
     def forward(self, input_ids, segments):
-        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
-        return response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, 1)[:, 0]
+        with self.autocast():
+            hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
+            return response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, 1)[:, 0]
 
 
 def collate(examples, pad_token_id, device):
@@ -225,9 +228,8 @@ def deepspeed_config(args, device, optimizer):
         clipping = float(config.get("gradient_clipping", 0))
         assert config["zero_optimization"]["stage"] in (1, 2), "zero_optimization.stage must be 1 or 2"
     config |= {"train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
-               "steps_per_print": 2**31, "gradient_clipping": clipping}
-    if device.type == "cpu":
-        config["bf16"] = {"enabled": False}
+               "steps_per_print": 2**31, "gradient_clipping": clipping,
+               "bf16": {"enabled": device.type == "cuda" and args.dtype == "bf16"}}
     if device.type == "cpu" and dist.get_world_size() == 1:
         config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
 
@@ -286,11 +288,17 @@ def log(args, step, window, engine=None, prefix="", **figures):
     if engine:
         finite = all(weight.isfinite().all() for weight in engine.module.parameters())
         if not finite or not math.isfinite(means.get("loss", math.nan)):
-            fail(f"step {step}: the loss or a weight is not finite; lower --learning_rate. It is not saved")
+            fail(f"step {step}: the loss or a weight is not finite; lower --learning_rate. No model is saved")
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         used = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else resident
-        figures |= {"grad_norm": float(engine.get_global_grad_norm()), "skipped_steps": engine.skipped_steps,
+        norm, skipped = float(engine.get_global_grad_norm()), engine.skipped_steps
+        figures |= {"grad_norm": norm if math.isfinite(norm) else None, "skipped_steps": skipped,
                     "peak_memory_gb": used / 2**30}
+        if 2 * skipped > step:
+            fail(f"step {step}: {skipped} steps had gradients that are not finite, and were skipped; lower "
+                 f"--learning_rate")
+        if skipped and not math.isfinite(norm) and dist.get_rank() == 0:
+            tqdm.write(f"warning: step {step} is skipped, its gradient is not finite; {skipped} steps so far")
     if dist.get_rank() == 0:
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **means, **figures}) + "\n")
@@ -347,8 +355,9 @@ def check_flags(args, *may_be_zero):
                 fail(f"--{name} {value}: give a number {'of 0 or more' if zero_too else 'above 0'}")
 
 
-def init_process():
-    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)"""
+def init_process(args):
+    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)
+    Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
     if "RANK" not in os.environ:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -364,6 +373,14 @@ def init_process():
             here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
+    if args.dtype == "auto":
+        cpu = torch.cpu.get_capabilities()
+        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bf16" if has_bf16 else "fp32"
+    if dist.get_rank() == 0:
+        print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -390,7 +407,7 @@ def read_jsonl(path, *keys):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write one JSON object a line, with {', '.join(keys)}")
+        fail(f"{path}, line {number}: {error!r:.100}; write JSON objects with {', '.join(keys)}, as splits.py does")
     if not number:
         fail(f"{path}: it holds no rows")
 

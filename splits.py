@@ -443,4 +443,7 @@ def fail(message):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, no permission, a folder that has vanished
+        fail(f"{error}; mend that and run again")

@@ -144,10 +144,10 @@ def test_reward_function(tmp_path, capsys):
     rows = [row("us", "p1", "a b c", eos=False, reference="a b"), row("us", "p2", "a", reference="a b")]
     data, _ = write(tmp_path / "g.jsonl", rows)
     flags = ["--generations", data, "--against", "reference", "--reward_fn"]
-    for name, expected in (("broken", f"{data}, line 2: ZeroDivisionError"),
-                           ("text", f"a str for {data}, line 1")):
+    for name, expected in (("broken", f"{data}, line 2 (ZeroDivisionError"),
+                           ("text", f"{data}, line 1 (ValueError")):
         message = refused(capsys, tmp_path, *flags, f"{code}:{name}")
-        assert f"{code}: {name}" in message and expected in message
+        assert f"{code}:{name}" in message and expected in message
     assert "absent" in refused(capsys, tmp_path, *flags, f"{code}:absent")
     figures, _ = run(tmp_path, *flags, f"{code}:reward")
     figures = figures["us", "reference", "all", 0.5]  # 3 - 1 : 2, 1 : 2
@@ -161,23 +161,21 @@ def test_num_prompts_are_drawn_where_there_is_a_partner(tmp_path):
     assert figures["us", "them", "all", 0.5]["n"] == 5
     rows += [row("base", f"p{k}") for k in range(34)]  # many meet it, but nobody is set against it
     data, rewards = write(tmp_path / "h.jsonl", rows, [list(range(79))])
-    figures, _ = run(tmp_path, "--generations", data, "--rewards", rewards, "--num_prompts", 3, "--against", "them")
+    figures, _ = run(tmp_path, "--generations", data, "--rewards", rewards, "--num_prompts", 3,
+                     "--against", "them")
     assert figures["us", "them", "all", 0.5]["n"] == 3
-
-
-def test_two_files_of_one_folder_need_their_rewards_named(tmp_path, capsys):
-    files = [write(tmp_path / f"{name}.jsonl", [row(name, "p")], [[0.0]])[0] for name in ("us", "them")]
-    assert "several files in one folder" in refused(capsys, tmp_path, "--generations", *files)
 
 
 def test_a_file_without_references_stands_beside_one_with(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     rows = [row("us", prompt, reference="r") for prompt in "pq"]
     ours, our_rewards = write(tmp_path / "a/generations.jsonl", rows, [[1.0, 3.0]], [[2.0, 2.0]])
-    theirs, their_rewards = write(tmp_path / "b/generations.jsonl", [row("them", "p"), row("them", "q")], [[0.0, 0.0]])
+    rows = [row("them", "p"), row("them", "q")]
+    theirs, their_rewards = write(tmp_path / "b/generations.jsonl", rows, [[0.0, 0.0]])
     files = ["--generations", theirs, ours, "--rewards", their_rewards, our_rewards]
     figures, _ = run(tmp_path, *files, "--against", "reference", "them")
-    assert figures["us", "reference", "all", 0.5]["wins"] == 1 and figures["us", "them", "all", 0.5]["wins"] == 2
+    assert figures["us", "reference", "all", 0.5]["wins"] == 1
+    assert figures["us", "them", "all", 0.5]["wins"] == 2
 
 
 def test_num_prompts_takes_whole_prompts(tmp_path):
@@ -399,17 +397,13 @@ def test_empty_answers_are_asked_again(judged):
         assert judged(judge, PAIRS, "--against", "them")[0]["us", "them", "all", 0.5]["n"] == 5
 
 
-@pytest.mark.parametrize("answer", ["_Preferred: A_", "**Preferred: response_A**", "preferred - A."])
-def test_verdicts_in_other_dress(judged, answer):
-    with Judge(lambda a, b: answer if a == "good" else "Preferred: B") as judge:
+@pytest.mark.parametrize("first, second, outcome", [
+    ("_Preferred: A_", "Preferred: B", "wins"), ("**Preferred: response_A**", "Preferred: B", "wins"),
+    ("preferred - A.", "Preferred: B", "wins"), ("Hm.\nPreferred: A", "Hm.\nPreferred: tie", "ties")])
+def test_verdicts_in_other_dress_and_of_both_orders(judged, first, second, outcome):
+    with Judge(lambda a, b: first if a == "good" else second) as judge:
         figures, _ = judged(judge, [row("us", "p", "good"), row("them", "p", "bad")])
-    assert figures["us", "them", "all", 0.5]["wins"] == 1
-
-
-def test_verdict_needs_both_orders(judged):
-    with Judge(lambda a, b: f"Hm.\nPreferred: {'A' if a == 'good' else 'tie'}") as judge:  # a win and a tie
-        figures, _ = judged(judge, [row("us", "p", "good"), row("them", "p", "bad")])
-    assert figures["us", "them", "all", 0.5]["ties"] == 1
+    assert figures["us", "them", "all", 0.5][outcome] == 1
 
 
 def test_judge_sees_the_reference_unless_it_is_the_opponent(judged):
@@ -489,17 +483,23 @@ def test_bad_rewards(tmp_path, capsys):
         return refused(capsys, tmp_path, "--generations", data, "--rewards", rewards, *flags)
 
     wrong = message(data_sha256="0" * 64)
-    assert all(word in wrong for word in (rewards, "0" * 64, good["data_sha256"], "precompute_rewards.py"))
-    assert "(1, 3)" in message(response=torch.zeros(1, 3)) and "4 rows" in message(response=torch.zeros(4))
-    assert "no `response` rewards, only oracles" in message(response=None)
+    assert all(word in wrong for word in (rewards, good["data_sha256"], "precompute_rewards.py"))
+    for response in (torch.zeros(1, 3), torch.zeros(4), [1.0] * 4, None):
+        assert "no `response` rewards of 4 rows" in message(response=response)
     assert "NaN" in message(response=torch.full((1, 4), NAN))
     assert "--against nobody: no such `generator`; there are us, them" in message(["--against", "nobody"])
     assert "no two responses" in message(["--against", "reference"])
     other, other_rewards = write(tmp_path / "h.jsonl", [row("base", "p1")], [[1.0]], oracles=("other",))
     torch.save(good, rewards)
     flags = ["--generations", data, other, "--rewards", rewards]
-    assert "1 --rewards for 2 --generations" in refused(capsys, tmp_path, *flags)
+    for few in (flags, flags[:3]):  # one file named, or one rewards.pt for both files of a folder
+        assert "2 --generations need a file each" in refused(capsys, tmp_path, *few)
     assert "['other']" in refused(capsys, tmp_path, *flags, other_rewards)
+    swapped = refused(capsys, tmp_path, "--generations", other, data, "--rewards", rewards, other_rewards)
+    assert "same order" in swapped and "precompute_rewards.py" not in swapped  # its --out would overwrite the other's
+    (tmp_path / "nan.py").write_text("def nan(row):\n    return float('nan')\n")
+    silent = refused(capsys, tmp_path, "--generations", data, "--reward_fn", f"{tmp_path}/nan.py:nan")
+    assert "--reward_fn" in silent and "--max_length" not in silent
     assert "named twice" in refused(capsys, tmp_path, "--generations", data, data)
     with_reference, _ = write(tmp_path / "r.jsonl", [row("us", "p", reference="x")], [[1.0]])
     assert "no `reference` rewards" in refused(capsys, tmp_path, "--generations", with_reference, "--rewards",
@@ -511,7 +511,7 @@ def test_bad_rewards(tmp_path, capsys):
     (["--generations", "absent.jsonl"], None, "absent.jsonl: cannot read it"),
     (["--generations", "g.jsonl"], row("us", "p", temperature="hot"), "g.jsonl, line 1: no `temperature`"),
     (["--generations", "g.jsonl", "--group_by", "set"], row("us", "p"), "--group_by set: g.jsonl, line 1"),
-    (["--generations", "g.jsonl"], row("us", ["p"]), "g.jsonl, line 1: no `prompt`"),
+    (["--generations", "g.jsonl"], row("us", ["p"]), "g.jsonl, line 1: TypeError"),
     (["--generations", "g.jsonl", "--judge", "m", "--reward_fn", "f"], row("us", "p"), "not allowed with"),
 ])
 def test_bad_input_is_one_line(tmp_path, flags, line, expected):

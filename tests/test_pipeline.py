@@ -200,9 +200,56 @@ def test_resuming_is_bitwise_the_run_that_was_not_interrupted(lab, tmp_path):
     assert read_log(tmp_path / "smaller") == pytest.approx(read_log(whole), rel=1e-5)
 
 
-def test_weights_that_are_not_finite_are_not_saved(lab, tmp_path):
-    error = run(*align_flags(lab, "dpo"), "--max_steps", 1, "--learning_rate", 1e39, "--out", tmp_path, expect=2)
-    assert "weights are no longer finite" in error and not (tmp_path / "model.safetensors").exists()
+@pytest.mark.parametrize("flags, processes, words", [
+    (["--learning_rate", 1e39], 0, "not finite"), (["--learning_rate", 1e-3, "--beta", 3e38], 2, "not finite")])
+def test_numbers_that_are_not_finite_end_the_run(lab, tmp_path, flags, processes, words):
+    """Weights that overflow at the last step are not saved. Nor is a model whose every step DeepSpeed skipped."""
+    error = run(*align_flags(lab, "dpo"), "--max_steps", 1, *flags, "--out", tmp_path, processes=processes, expect=2)
+    assert words in error and not (tmp_path / "model.safetensors").exists()
+    for line in open(tmp_path / "log.jsonl"):
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_the_students_head_is_not_the_oracles(lab, tmp_path):
+    """Drawn from one --seed they are unrelated, else the student would start with some of the Oracle's rewards."""
+    still = ["--max_steps", 1, "--learning_rate", 1e-9, "--eval_data", "", "--seed", 3]
+    run(*align_flags(lab, "drdo"), *still, "--out", tmp_path / "drdo")
+    run("oracle.py", "--model", lab / "sft", "--data", lab / "train.jsonl", *TRAINING, *still, "--out", tmp_path / "oracle")
+    student = load_file(tmp_path / "drdo" / "score.safetensors")["score.weight"][0]
+    oracle = load_file(tmp_path / "oracle" / "model.safetensors")["score.weight"][0]
+    assert abs(torch.nn.functional.cosine_similarity(student, oracle, dim=0)) < 0.5
+
+
+def test_bf16_and_zero_2_on_two_processes(lab, tmp_path):
+    """Training, resuming, scoring and generating agree with fp32 as far as 8 bits do, and keep fp32 weights."""
+    flags = [*align_flags(lab, "drdo"), "--max_steps", 8, "--save_steps", 4]
+    run(*flags, "--out", tmp_path / "fp32")
+    (tmp_path / "bf16" / "config.json" / "in_the_way").mkdir(parents=True)
+    run(*flags, "--dtype", "bf16", "--out", tmp_path / "bf16", processes=2, expect=2)
+    shutil.rmtree(tmp_path / "bf16" / "config.json")
+    assert "dtype was bf16 and is now fp32" in run(*flags, "--out", tmp_path / "bf16", "--resume", processes=2, expect=2)
+    run(*flags, "--dtype", "bf16", "--out", tmp_path / "bf16", "--resume", processes=2)
+    run(*flags, "--dtype", "bf16", "--out", tmp_path / "whole", processes=2)
+    assert json.load(open(tmp_path / "bf16" / "args.json"))["dtype"] == "bf16"
+    fp32, bf16, whole = (read_log(tmp_path / name) for name in ("fp32", "bf16", "whole"))
+    assert bf16 == whole and bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.03)
+    weights = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    start = load_file(lab / "sft" / "model.safetensors")  # the steps are not those of the first weights
+    moved = sum((weights[name] - start[name]).abs().sum() for name in weights)
+    expected = load_file(tmp_path / "fp32" / "model.safetensors")
+    assert moved == pytest.approx(sum((expected[name] - start[name]).abs().sum() for name in expected), rel=0.05)
+
+    generate = ["generate.py", "--model", tmp_path / "bf16", "--prompts", lab / "validation.jsonl", "--temperature", 0,
+                "--max_new_tokens", 8, "--dtype", "bf16"]
+    run(*generate, "--out", tmp_path / "two.jsonl", processes=2)
+    assert len((tmp_path / "two.jsonl").read_text().splitlines()) > 10
+    score = ["precompute_rewards.py", "--oracle", lab / "oracle", "--data", lab / "train.jsonl", "--dtype", "bf16"]
+    run(*score, "--out", tmp_path / "bf16.pt", processes=2)
+    rewards = torch.load(tmp_path / "bf16.pt", weights_only=True)["chosen"]
+    expected = torch.load(lab / "rewards.pt", weights_only=True)["chosen"]
+    assert rewards.dtype == torch.float32 and not torch.equal(rewards, expected)
+    torch.testing.assert_close(rewards, expected, rtol=0.1, atol=0.1)
 
 
 def test_scores_and_generations_do_not_depend_on_the_number_of_processes(lab, tmp_path):
