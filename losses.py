@@ -1,5 +1,6 @@
-"""The maths of nanoDRDO: Eq. 2-6 of DRDO (Direct Reward Distillation and policy-Optimization, arXiv 2410.08458) and
-the two readouts of a causal LM's last hidden state that they need, a response's log-prob and its reward.
+"""The maths of nanoDRDO: Eq. 2-6 of DRDO (Direct Reward Distillation and policy-Optimization, arXiv
+2410.08458), and the two readouts of a causal LM's last hidden state that they need: a response's log-prob and
+its reward.
 
 Plain functions of tensors. Copy this file into your project: it needs torch alone.
 
@@ -7,10 +8,12 @@ Plain functions of tensors. Copy this file into your project: it needs torch alo
     rewards = last_token_rewards(hidden, score_weight, last)      # (B, 2)
     loss = drdo_loss(*logps.unbind(1), *rewards.unbind(1), oracle_chosen, oracle_rejected).mean()
 
-Notation: x a prompt, y_w / y_l its chosen / rejected response, z = log pi(y|x) the *sum* of the log-probs of the
-response's tokens, EOS included (so z <= 0), sigma the logistic function. A loss takes and returns one number per pair,
-shape (B,), and e-DPO's rewards as (K, B); reduction is the caller's. Shapes are not checked: (B, 1) beside (B,) would
-broadcast. Half precision is computed in fp32; losses and gradients are finite for inputs up to 1e15 in size.
+Notation: x is a prompt, y_w / y_l its chosen / rejected response. z = log pi(y|x) is the *sum* of the
+log-probs of the response's tokens, EOS included, so z <= 0. sigma is the logistic function.
+
+A loss takes and returns one number a pair, (B,), and e-DPO's rewards as (K, B). Reduction is the caller's.
+Shapes are not checked: (B, 1) beside (B,) would broadcast. Half precision is computed in fp32. Losses and
+gradients are finite for inputs up to 1e15 in size.
 """
 import torch
 import torch.nn.functional as F
@@ -22,16 +25,16 @@ def upcast(*tensors):
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
-# ---- losses -----------------------------------------------------------------------------------------------------
+# ---- losses ----------------------------------------------------------------------------------------------
 
 
 def oracle_loss(chosen_rewards, rejected_rewards, chosen_logps, alpha=0.01):
-    """Eq. 5, the Oracle: Bradley-Terry on its rewards and, weighed by alpha, the likelihood of the chosen response.
+    """Eq. 5, the Oracle: Bradley-Terry on its rewards and, weighed by alpha, the likelihood of y_w.
 
     -[(1 - alpha) log sigma(r(x, y_w) - r(x, y_l)) + alpha log pi(y_w|x)]
 
-    alpha = 0 is Eq. 2, the plain reward model (Bradley & Terry 1952), a member of e-DPO's ensemble; chosen_logps is
-    then not read. The second term is the SFT regulariser of GRM (Yang et al. 2024, arXiv 2406.10216).
+    alpha = 0 is Eq. 2, the plain reward model (Bradley & Terry 1952): a member of e-DPO's ensemble. It does
+    not read chosen_logps. The second term is the SFT regulariser of GRM (Yang et al. 2024, arXiv 2406.10216).
 
     Args: chosen_rewards, rejected_rewards, chosen_logps: (B,).  Returns: (B,).
     """
@@ -44,47 +47,50 @@ def oracle_loss(chosen_rewards, rejected_rewards, chosen_logps, alpha=0.01):
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
-    """Eq. 3, DPO (Rafailov et al. 2023, arXiv 2305.18290): -log sigma(beta [(z_w - z_l) - (z_w - z_l of pi_ref)]).
+    """Eq. 3, DPO (Rafailov et al. 2023, arXiv 2305.18290): -log sigma(beta * log ratio).
+
+    The log ratio is (z_w - z_l) of the policy less (z_w - z_l) of the reference.
 
     Args: log pi(y|x) of the policy and of the reference, each (B,).  Returns: (B,).
     """
+    return -F.logsigmoid(beta * log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps))
+
+
+def log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps):
+    """(z_w - z_l) of the policy less (z_w - z_l) of the reference.  Args: (B,) each.  Returns: (B,)."""
     chosen_logps, rejected_logps = upcast(chosen_logps, rejected_logps)
     ref_chosen_logps, ref_rejected_logps = upcast(ref_chosen_logps, ref_rejected_logps)
-    log_ratio = (chosen_logps - rejected_logps) - (ref_chosen_logps - ref_rejected_logps)
-    return -F.logsigmoid(beta * log_ratio)
+    return (chosen_logps - rejected_logps) - (ref_chosen_logps - ref_rejected_logps)
 
 
 def edpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
               oracle_chosen_rewards, oracle_rejected_rewards, beta=0.1, ensemble="mean"):
-    """Eq. 4, e-DPO (Fisch et al. 2024, arXiv 2405.19316): DPO's implicit reward difference regressed on K reward
-    models' differences, (r*(x, y_w) - r*(x, y_l) - beta [(z_w - z_l) - (z_w - z_l of pi_ref)])^2.
+    """Eq. 4, e-DPO (Fisch et al. 2024, arXiv 2405.19316): distils the reward differences of K reward models.
 
-    ensemble="mean" averages the K squared errors: the gradient of distilling the mean reward. "min" takes, for each
-    pair, the reward model that is nearest to the policy (their pessimistic version). At K = 1 the two agree.
+    (r*(x, y_w) - r*(x, y_l) - beta * log ratio)^2
+
+    ensemble="mean" averages the K squared errors. Its gradient is that of distilling the mean reward. "min"
+    takes, for each pair, the reward model nearest to the policy (their pessimistic version).
 
     Args: log-probs (B,); oracle rewards (K, B).  Returns: (B,).  Raises ValueError on another `ensemble`.
     """
     if ensemble not in ("mean", "min"):
         raise ValueError(f"ensemble={ensemble!r}: it is 'mean' or 'min'")
-    chosen_logps, rejected_logps = upcast(chosen_logps, rejected_logps)
-    ref_chosen_logps, ref_rejected_logps = upcast(ref_chosen_logps, ref_rejected_logps)
     oracle_chosen_rewards, oracle_rejected_rewards = upcast(oracle_chosen_rewards, oracle_rejected_rewards)
-    log_ratio = (chosen_logps - rejected_logps) - (ref_chosen_logps - ref_rejected_logps)
-    errors = (oracle_chosen_rewards - oracle_rejected_rewards - beta * log_ratio) ** 2  # (K, B)
+    ratio = log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    errors = (oracle_chosen_rewards - oracle_rejected_rewards - beta * ratio) ** 2  # (K, B)
     return errors.mean(0) if ensemble == "mean" else errors.amin(0)
 
 
 def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
-    """IPO (Azar et al. 2023, arXiv 2310.12036, Eq. 17): ([(z_w - z_l) - (z_w - z_l of pi_ref)] - 1 / (2 beta))^2.
+    """IPO (Azar et al. 2023, arXiv 2310.12036, Eq. 17): (log ratio - 1 / (2 beta))^2.
 
-    Of summed log-probs, as the paper has it (TRL takes means over tokens: a beta does not carry over).
+    Log-probs are summed, as in the paper. TRL takes means over tokens, so a beta does not carry over.
 
     Args: log pi(y|x) of the policy and of the reference, each (B,).  Returns: (B,).
     """
-    chosen_logps, rejected_logps = upcast(chosen_logps, rejected_logps)
-    ref_chosen_logps, ref_rejected_logps = upcast(ref_chosen_logps, ref_rejected_logps)
-    log_ratio = (chosen_logps - rejected_logps) - (ref_chosen_logps - ref_rejected_logps)
-    return (log_ratio - 1 / (2 * beta)) ** 2
+    ratio = log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return (ratio - 1 / (2 * beta)) ** 2
 
 
 def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_rejected_rewards,
@@ -93,11 +99,11 @@ def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_reje
 
     (r*(x, y_w) - r*(x, y_l) - (r^_w - r^_l))^2  -  alpha (1 - p_w)^gamma log(pi(y_w|x) / (1 - pi(y_l|x)))
 
-    with p_w = sigma(z_w - z_l). The first term is the reward difference (`distillation_loss`), the second the focal
-    contrastive log-unlikelihood (`contrastive_loss`), its sign as the paper prints it.
+    with p_w = sigma(z_w - z_l). The first term is `distillation_loss`, the reward difference. The second is
+    `contrastive_loss`, the focal contrastive log-unlikelihood, with the sign that the paper prints.
 
-    Args: log-probs, the policy's own reward estimates r^ and the Oracle's rewards r*, each (B,); preference_logits as in
-    `contrastive_loss`.  Returns: (B,).
+    Args: log-probs, the policy's own rewards r^ and the Oracle's rewards r*, each (B,); preference_logits as
+    in `contrastive_loss`.  Returns: (B,).
     """
     distillation = distillation_loss(student_chosen_rewards, student_rejected_rewards,
                                      oracle_chosen_rewards, oracle_rejected_rewards)
@@ -107,61 +113,68 @@ def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_reje
 def distillation_loss(student_chosen_rewards, student_rejected_rewards,
                       oracle_chosen_rewards, oracle_rejected_rewards):
     """Eq. 6, first term: (r*(x, y_w) - r*(x, y_l) - (r^_w - r^_l))^2.  Args: (B,) each.  Returns: (B,)."""
-    student_chosen_rewards, student_rejected_rewards = upcast(student_chosen_rewards, student_rejected_rewards)
-    oracle_chosen_rewards, oracle_rejected_rewards = upcast(oracle_chosen_rewards, oracle_rejected_rewards)
-    student_margins = student_chosen_rewards - student_rejected_rewards
-    return (oracle_chosen_rewards - oracle_rejected_rewards - student_margins) ** 2
+    student_chosen, student_rejected = upcast(student_chosen_rewards, student_rejected_rewards)
+    oracle_chosen, oracle_rejected = upcast(oracle_chosen_rewards, oracle_rejected_rewards)
+    return (oracle_chosen - oracle_rejected - (student_chosen - student_rejected)) ** 2
 
 
 def contrastive_loss(chosen_logps, rejected_logps, gamma=2.0, preference_logits=None):
-    """Eq. 6, second term without alpha: -(1 - p_w)^gamma log(pi(y_w|x) / (1 - pi(y_l|x))), p_w = sigma(z_w - z_l).
+    """Eq. 6, second term without alpha: -(1 - p_w)^gamma log(pi(y_w|x) / (1 - pi(y_l|x))).
 
-    Args: summed log-probs (B,); preference_logits (B,), to be read in place of z_w - z_l inside
-    sigma: the difference of mean log-probs, or a detached one.  Returns: (B,).
+    p_w = sigma(z_w - z_l). preference_logits, (B,), stands in for z_w - z_l there: a difference of mean
+    log-probs, or a detached one. A difference of summed log-probs is many nats and follows the lengths. So p_w
+    is near 0 or 1 for most pairs from step 1 on, and its mean is about the share of pairs whose chosen response
+    is the likelier one, often the shorter.
+
+    Args: summed log-probs (B,).  Returns: (B,).
     """
     chosen_logps, rejected_logps = upcast(chosen_logps, rejected_logps)
     if preference_logits is None:
         preference_logits = chosen_logps - rejected_logps
-    # 1 - p_w = sigma(-logits); as exp(gamma log .) its gradient is finite where pow's is 0 * inf
+    # 1 - p_w = sigma(-logits). As exp(gamma log .) its gradient is finite where that of pow is 0 * inf
     focal = torch.exp(gamma * F.logsigmoid(-upcast(preference_logits)[0]))
     return -focal * (chosen_logps - log1mexp(rejected_logps))
 
 
 def log1mexp(x):
-    """log(1 - e^x) for a log-probability x <= 0, any shape (Maechler 2012, "Accurately Computing log(1 - exp(-|a|))").
+    """log(1 - e^x) for a log-prob x <= 0, any shape (Maechler 2012, "Accurately Computing log(1-exp(-|a|))").
 
-    1 - e^x is taken to be at least the dtype's epsilon (fp32: 1.2e-7), so at x = 0 the value is about -16 and not -inf;
-    the gradient is at most 1 / epsilon, and zero where the bound acts.
+    1 - e^x is at least the dtype's epsilon here (fp32: 1.2e-7). So the value at x = 0 is about -16 and not
+    -inf. The gradient is at most 1 / epsilon, and zero where the bound acts.
     """
     (x,) = upcast(x)
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
-    near_zero = x > -0.6931  # log 2. Each branch gets an argument safe for it: where() alone would pass on a NaN gradient
-    return torch.where(near_zero, torch.log(-torch.expm1(x.clamp(min=-0.6931))), torch.log1p(-torch.exp(x.clamp(max=-0.6931))))
+    # each branch gets an argument that is safe for it: where() would pass on a NaN gradient of the other
+    near_zero = torch.log(-torch.expm1(x.clamp(min=-0.6931)))  # -log 2
+    far = torch.log1p(-torch.exp(x.clamp(max=-0.6931)))
+    return torch.where(x > -0.6931, near_zero, far)
 
 
-# ---- readouts of the last hidden state --------------------------------------------------------------------------
+# ---- readouts of the last hidden state -------------------------------------------------------------------
 
 
 def response_logps(hidden, lm_head, input_ids, segments, num_responses=2, max_logits=2**26):
     """log pi(y|x) of the responses in a batch of rows: the sum of the log-probs of each response's tokens.
 
-    A row is a prompt without its last token, then one segment a response. A segment is a copy of the prompt's last
-    token, then the response. So the hidden state on the left of a token predicts it, also at a response's first
-    token. The copies themselves are not scored.
+    A row is a prompt without its last token, then one segment for each response. A segment is a copy of the
+    prompt's last token, then the response. So the hidden state on the left of a token predicts it, also where
+    a response begins. The copies themselves are not scored.
 
-    Only positions that predict a response token meet the vocabulary. Where that makes more than `max_logits`
-    logits (2^26: 256 MiB in fp32), they are made in chunks, and made again in the backward pass. Memory then does
-    not grow with tokens x vocabulary.
+    Only positions that predict a response token meet the vocabulary. More than `max_logits` logits (2^26: 256
+    MiB in fp32) are made in chunks, and again in the backward pass. Then memory does not grow with tokens x
+    vocabulary.
 
     Args:
         hidden: (B, T, H), the last hidden states, after the final norm.
         lm_head: the Linear from H to V.
         input_ids: (B, T).
-        segments: (B, T), 0 in the prompt, 1 in the first response's segment, 2 in the second's, -1 in padding.
+        segments: (B, T), 0 in the prompt, 1 in the first response's segment, 2 in the second's, -1 in
+        padding.
     Returns: (B, num_responses), fp32 at least; 0 where a row has no such response.
     """
-    scored = (segments[:, 1:] > 0) & (segments[:, 1:] <= num_responses) & (segments[:, 1:] == segments[:, :-1])
-    row, column = scored.nonzero(as_tuple=True)  # (N,) each; column is the left neighbour's position
+    left, right = segments[:, :-1], segments[:, 1:]
+    scored = (right > 0) & (right <= num_responses) & (right == left)  # a copy has another segment on its left
+    row, column = scored.nonzero(as_tuple=True)  # (N,) each, column the left neighbour's
     states, tokens = hidden[row, column], input_ids[row, column + 1]  # (N, H), (N,)
     chunk = max(1, max_logits // lm_head.weight.shape[0])
     if len(tokens) <= chunk:

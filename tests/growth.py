@@ -3,8 +3,8 @@
     python tests/growth.py                        # all three: Markdown tables; six minutes on two quiet cores
     python tests/growth.py --modes vocabulary
 
-The scripts run as they are, each in a process of its own, one thread; CPU seconds and peak resident memory are the
-kernel's figures for that process.
+The scripts run as they are, each in a process of its own, with one thread. CPU seconds and peak resident
+memory are the kernel's figures for that process.
 """
 import argparse
 import json
@@ -18,116 +18,87 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the scripts' folder
 sys.path[:0] = [str(ROOT / "tests")]
+import toy  # without torch, like this program: a child's peak memory is at least its parent's at the fork
 
 
-def measure(command, **environment):
-    """Runs a program in the scripts' folder; returns (its standard output, its CPU seconds, its peak resident MB)."""
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=errors, cwd=ROOT,
-                                   env={**alone, "OMP_NUM_THREADS": "1", **environment})
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = status  # else Popen would wait for it again
-        output.seek(0), errors.seek(0)
-        if status:
-            sys.exit(f"{' '.join(map(str, command))} failed:\n{errors.read()[-2000:]}")
-        return output.read(), usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+def main():
+    modes = {"growth": growth, "startup": startup, "vocabulary": vocabulary}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--modes", nargs="+", default=modes, choices=modes, help="(default: all)")
+    for mode in parser.parse_args().modes:
+        print()
+        with tempfile.TemporaryDirectory() as folder:
+            modes[mode](folder)
 
 
-TOY_MODELS = """
-import sys, toy
-from transformers import LlamaForSequenceClassification
-tokenizer = toy.make_tokenizer()
-lm = toy.make_model(tokenizer)
-lm.config.num_labels = 1
-for name, model in ("lm", lm), ("oracle", LlamaForSequenceClassification(lm.config)):
-    model.save_pretrained(f"{sys.argv[1]}/{name}")
-    tokenizer.save_pretrained(f"{sys.argv[1]}/{name}")
-"""
-
-
-def toy_models(folder):
-    """A random tiny LM and reward model with the laboratory's tokenizer; by a process of its own, as a child's peak resident
-    size is at least its parent's at the fork, and this one's must stay small."""
-    measure([sys.executable, "-c", TOY_MODELS, folder], PYTHONPATH=str(ROOT / "tests"))
-
-
-def write_comparisons(path, n):
-    """n raw rows as long as TL;DR's: posts of about 400 words, summaries of about 33."""
-    import toy
-    rng, words = random.Random(0), list(toy.SLOT_OF)
-    with open(path, "w") as file:
-        for row in toy.make_comparisons(n, seed=0):
-            row["info"]["post"] += " " + " ".join(rng.choices(words, k=rng.randint(300, 380)))
-            row["summaries"] = [{**summary, "text": 2 * summary["text"]} for summary in row["summaries"]]
-            file.write(json.dumps(row) + "\n")
-
-
-# The forward passes are the model's own cost, linear in tokens: what stands around them is measured.
+# Scoring without its forward passes: they are the model's own cost, linear in tokens.
 SET_UP_ONLY = """
-import sys, torch, precompute_rewards
+import torch, precompute_rewards
 precompute_rewards.score = lambda model, texts, *others: torch.zeros(len(texts))
 precompute_rewards.main()
 """
 
 
-def growth():
-    """CPU seconds and peak memory of splits.py, precompute_rewards.py and align.py's set-up as the data grows."""
-    print("| rows | splits.py s, MB | precompute_rewards.py's set-up s, MB | align.py --max_steps 1 s, MB |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        toy_models(folder)
-        peaks = []
-        for n in 1_000, 10_000, 100_000:
-            raw, data, rewards = f"{folder}/raw.jsonl", f"{folder}/data/all/train.jsonl", f"{folder}/rewards.pt"
-            write_comparisons(raw, n)
-            scoring = ["--oracle", f"{folder}/oracle", "--data", data, "--out", rewards]
-            split = ["splits.py", "--dataset", raw, "--out", f"{folder}/data", "--validation_fraction", 0.001]
-            align = ["align.py", "--loss", "drdo", "--oracle_rewards", rewards, "--data", data, "--eval_data", "", "--model",
-                     f"{folder}/lm", "--out", f"{folder}/out", "--batch_size", 8, "--max_steps", 1, "--save_steps", 0]
-            runs = [measure([sys.executable, *run]) for run in (split, ["-c", SET_UP_ONLY, *scoring], align)]
-            cells = [f"{seconds:.1f}, {peak:.0f}" for _, seconds, peak in runs]
-            print(f"| {n:,} | {' | '.join(cells)} |", flush=True)
-            peaks.append([peak for _, _, peak in runs])
+def growth(folder):
+    """CPU seconds and peak memory of splits.py, precompute_rewards.py and align.py's set-up by rows."""
+    raw, data, rewards = f"{folder}/raw.jsonl", f"{folder}/data/all/train.jsonl", f"{folder}/rewards.pt"
+    runs = (["splits.py", "--dataset", raw, "--out", f"{folder}/data", "--validation_fraction", 0.001],
+            ["-c", SET_UP_ONLY, "--oracle", f"{folder}/lm", "--data", data, "--out", rewards],
+            ["align.py", "--loss", "drdo", "--oracle_rewards", rewards, "--data", data, "--eval_data", "",
+             "--model", f"{folder}/lm", "--out", f"{folder}/out", "--batch_size", 8, "--max_steps", 1])
+    make_model(folder)
+    print("| rows | splits.py s, MB | precompute_rewards.py's set-up s, MB | align.py --max_steps 1 s, MB |\n"
+          "|---|---|---|---|")
+    peaks = []
+    for n in 1_000, 10_000, 100_000:
+        write_comparisons(raw, n)
+        figures = [measure([sys.executable, *run])[1:] for run in runs]
+        cells = [f"{seconds:.1f}, {peak:.0f}" for seconds, peak in figures]
+        print(f"| {n:,} | {' | '.join(cells)} |", flush=True)
+        peaks.append([peak for _, peak in figures])
     grown = [f"{(last - before) * 1024 / 90_000:.1f}" for before, last in zip(*peaks[1:])]
     print(f"| KB a row, the last 90,000 | {' | '.join(grown)} |")
 
 
-# Times what align.py calls until its first step, then ends; its imports are timed apart, in the order that it needs them.
+# Times what align.py calls before it scores the reference, then ends. A nested call counts for itself alone.
 STARTUP = """
-import os, sys, time
-begun, spent = time.time(), {}
-def timed(name, function, *inputs, **named):
-    start, result = time.time(), function(*inputs, **named)
-    spent[name] = spent.get(name, 0) + time.time() - start
-    return result
-spent["interpreter and launcher"] = begun - float(os.environ["LAUNCHED"])
+import os, sys, time, importlib
+spent = {"interpreter and launcher": time.time() - float(os.environ["LAUNCHED"])}
+def timed(name, function):
+    def run(*inputs, **named):
+        start, inner = time.time(), sum(spent.values())
+        result = function(*inputs, **named)
+        spent[name] = spent.get(name, 0) + time.time() - start - (sum(spent.values()) - inner)
+        return result
+    return run
+def end(*inputs):
+    print(*(f"SPENT|{name}|{value}" for name, value in spent.items()), sep="\\n", flush=True)
+    sys.exit()
 sys.path.insert(0, os.getcwd())
 for name in "torch", "transformers", "deepspeed", "align":
-    module = timed(f"import {name}", __import__, name)
-for name in "parse_args init_process load_tokenizer load_model load_split make_engine check_layout start_run".split():
-    setattr(module, name, lambda *inputs, name=name, f=getattr(module, name): timed(name, f, *inputs))
-def end(*inputs):
-    print("\\n".join(f"SPENT|{name}|{value}" for name, value in spent.items()), flush=True)
-    sys.exit()
-module.reference_logps = end
+    module = timed(f"import {name}", importlib.import_module)(name)
+for name in "parse_args init_process load_tokenizer load_model load_split check_layout start_run".split():
+    setattr(module, name, timed(name, getattr(module, name)))
+module.deepspeed.initialize = timed("deepspeed.initialize", module.deepspeed.initialize)
+module.score_all = end
 module.main()
 """
 
 
-def startup():
-    """Wall seconds that a launch of align.py spends before its first step, by python and by the launcher, on 1000 rows."""
-    with tempfile.TemporaryDirectory() as folder:
-        toy_models(folder)
-        write_comparisons(f"{folder}/raw.jsonl", 1000)
-        measure([sys.executable, "splits.py", "--dataset", f"{folder}/raw.jsonl", "--out", f"{folder}/data"])
-        Path(f"{folder}/start.py").write_text(STARTUP)
-        flags = ["--loss", "dpo", "--model", f"{folder}/lm", "--data", f"{folder}/data/all/train.jsonl", "--eval_data", "",
-                 "--out", f"{folder}/out", "--batch_size", 8]
-        columns = []
-        for launcher in [sys.executable], [Path(sys.executable).parent / "deepspeed", "--num_gpus", 1, "--master_port", 29617]:
-            output = measure([*launcher, f"{folder}/start.py", *flags], LAUNCHED=str(time.time()))[0]
-            lines = [line.split("|") for line in output.splitlines() if "SPENT|" in line]
-            columns.append({name: float(value) for _, name, value in lines})
+def startup(folder):
+    """Seconds by the clock before the first step of align.py, by python and by the launcher, on 1000 rows."""
+    make_model(folder)
+    write_comparisons(f"{folder}/raw.jsonl", 1000)
+    measure([sys.executable, "splits.py", "--dataset", f"{folder}/raw.jsonl", "--out", f"{folder}/data"])
+    Path(f"{folder}/start.py").write_text(STARTUP)
+    flags = ["--loss", "dpo", "--model", f"{folder}/lm", "--data", f"{folder}/data/all/train.jsonl",
+             "--eval_data", "", "--out", f"{folder}/out", "--batch_size", 8]
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 1, "--master_port", 29617]
+    columns = []
+    for command in [sys.executable], launcher:
+        output = measure([*command, f"{folder}/start.py", *flags], LAUNCHED=str(time.time()))[0]
+        lines = [line.split("|") for line in output.splitlines() if "SPENT|" in line]
+        columns.append({name: float(value) for _, name, value in lines})
     print("| before step 1 | python s | deepspeed s |\n|---|---|---|")
     for name in columns[0]:
         print(f"| {name} | {columns[0][name]:.2f} | {columns[1][name]:.2f} |")
@@ -135,37 +106,64 @@ def startup():
 
 
 VOCABULARY = """
-import sys, time, torch, losses
-from resource import RUSAGE_SELF, getrusage
+import resource, sys, time, torch, losses
 H, R, max_logits, V, B, P = *map(int, sys.argv[1:]), 2**17, 8, 16
-lm_head, hidden = torch.nn.Linear(H, V, bias=False), torch.randn(B, P + 2 * R, H, requires_grad=True)
-input_ids = torch.randint(V, (B, P + 2 * R))
-segments = torch.tensor([0] * P + [1] * R + [2] * R).expand(B, -1)
-previous = torch.arange(-1, P + 2 * R - 1).repeat(B, 1)
-previous[:, P + R] = P - 1
-inputs, before, start = hidden.nbytes + lm_head.weight.nbytes, getrusage(RUSAGE_SELF).ru_maxrss, time.process_time()
-losses.response_logps(hidden, lm_head, input_ids, segments, previous, max_logits=max_logits).sum().backward()
-print(inputs / 2**20, (getrusage(RUSAGE_SELF).ru_maxrss - before) / 2**10, time.process_time() - start)
+segments = torch.tensor([0] * (P - 1) + [1] * (1 + R) + [2] * (1 + R)).expand(B, -1)
+lm_head = torch.nn.Linear(H, V, bias=False)
+hidden, input_ids = torch.randn(*segments.shape, H, requires_grad=True), torch.randint(V, segments.shape)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+inputs, before, start = hidden.nbytes + lm_head.weight.nbytes, peak(), time.process_time()
+losses.response_logps(hidden, lm_head, input_ids, segments, max_logits=max_logits).sum().backward()
+print(inputs / 2**20, (peak() - before) / 2**10, time.process_time() - start)
 """
 
 
-def vocabulary():
-    """Peak memory and CPU seconds of response_logps, forward and backward, at 2^17 words in fp32, by bound and by tokens."""
-    print("| hidden | response tokens | max_logits | inputs MB | peak over them MB (gradients included) | CPU s |\n|---|---|---|---|---|---|")
-    for hidden, length, power in ((64, 256, 24), (64, 256, 26), (64, 1024, 26), (64, 256, 28), (64, 256, 31), (576, 256, 26)):
-        output = measure([sys.executable, "-c", VOCABULARY, hidden, length, 2**power], PYTHONPATH=str(ROOT))[0]
+def vocabulary(folder):
+    """Peak memory and CPU seconds of response_logps, forward and backward, of 2^17 words in fp32."""
+    print("| hidden | response tokens | max_logits | inputs MB | peak over them MB (with gradients) | CPU s |\n"
+          "|---|---|---|---|---|---|")
+    for hidden, length, n in ((64, 256, 24), (64, 256, 26), (64, 1024, 26), (64, 256, 28), (64, 256, 31),
+                              (576, 256, 26)):
+        output = measure([sys.executable, "-c", VOCABULARY, hidden, length, 2**n], PYTHONPATH=str(ROOT))[0]
         inputs, peak, seconds = map(float, output.split())
-        print(f"| {hidden} | {16 * length} | 2^{power} | {inputs:.0f} | {peak:.0f} | {seconds:.1f} |", flush=True)
+        print(f"| {hidden} | {16 * length} | 2^{n} | {inputs:.0f} | {peak:.0f} | {seconds:.1f} |", flush=True)
 
 
-def main():
-    formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
-    modes = {"growth": growth, "startup": startup, "vocabulary": vocabulary}
-    parser.add_argument("--modes", nargs="+", default=list(modes), choices=list(modes), help="what to measure")
-    for mode in parser.parse_args().modes:
-        print()
-        modes[mode]()
+def measure(command, **environment):
+    """Runs a program in the scripts' folder: (its standard output, its CPU seconds, its peak resident MB)."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=errors, cwd=ROOT,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+        _, process.returncode, usage = os.wait4(process.pid, 0)
+        output.seek(0), errors.seek(0)
+        if process.returncode:
+            sys.exit(f"{' '.join(map(str, command))} failed:\n{errors.read()[-2000:]}")
+        return output.read(), usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+
+
+MODEL = """
+import sys, align, toy
+tokenizer = toy.make_tokenizer()
+lm = toy.make_model(tokenizer)
+lm.score, lm.config.num_labels = align.reward_head(lm), 1
+lm.save_pretrained(sys.argv[1])
+tokenizer.save_pretrained(sys.argv[1])
+"""
+
+
+def make_model(folder):
+    """A random tiny LM with a reward head and the laboratory's tokenizer, made by a process of its own."""
+    measure([sys.executable, "-c", MODEL, f"{folder}/lm"], PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+
+
+def write_comparisons(path, n):
+    """n raw rows as long as TL;DR's: posts of about 400 words, summaries of about 33."""
+    rng, words = random.Random(0), list(toy.SLOT_OF)
+    with open(path, "w") as file:
+        for row in toy.make_comparisons(n, seed=0):
+            row["info"]["post"] += " " + " ".join(rng.choices(words, k=rng.randint(300, 380)))
+            row["summaries"] = [{**summary, "text": 2 * summary["text"]} for summary in row["summaries"]]
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

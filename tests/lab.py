@@ -1,17 +1,17 @@
-"""The study on the laboratory (tests/toy.py): where DRDO wins, where it does not, judged by the truth.
+"""The study on the toy task (tests/toy.py): where DRDO wins and where it does not, judged by the true reward.
 
-A cell is a set of preferences (label flips, split, number, lengths), an Oracle, a number of steps, and the methods that
-are trained in it. Each seed has its own posts, labels, prompts and base LM. The stages run as they are, each in a forked
-process, so that imports are paid for once; two seeds at a time, a thread each. What is there already is not run again.
+A cell is a set of preference pairs, an Oracle and a number of steps. It trains several methods. Each seed has
+its own posts, labels, prompts and base LM. Stages run in forked processes: imports are paid for once.
+Two seeds run at a time, each on one thread. What is already there does not run again.
 
-    python tests/lab.py --choose                # learning rate and beta of every method, on seeds that are not reported
-    python tests/lab.py                         # the whole study: hours; its bar estimates how many
-    python tests/lab.py --seeds 20 21 --cells clean_all noisy_lc_le --methods dpo drdo
-    python tests/lab.py --terms                 # the gradients of Eq. 6's terms on policies that the study has left
+    python tests/lab.py              # the whole study: hours; its bar estimates how many
+    python tests/lab.py --seeds 20 21 --cells clean_all noisy_lc_le --methods "DPO" "DRDO (head)"
+    python tests/lab.py --choose     # learning rates and betas, on seeds that are not reported
+    python tests/lab.py --terms      # gradients of Eq. 6's terms, at policies that are there
 
-In:   nothing.  Out: out/lab/seed<k>/..., out/lab/results.json, grid.png, degeneration.png, and the tables on stdout.
+Out: out/lab/seed<k>/, out/lab/results.json, grid.png and degeneration.png; the tables on stdout.
 
-Win rates count a tie half. Intervals are 95%, Student's t over the seeds' means.
+A tie counts half a win. Intervals are 95%, by Student's t over the seeds' means.
 """
 import argparse
 import hashlib
@@ -19,6 +19,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -32,6 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
 import torch
+import transformers
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import align
@@ -41,188 +44,203 @@ import precompute_rewards
 import sft
 import splits
 import toy
+from losses import contrastive_loss, distillation_loss, dpo_loss, log1mexp
 
-# ---- the study --------------------------------------------------------------------------------------------------------
+# ---- the study ---------------------------------------------------------------------------------------------
 
-# Every method has six settings to choose from, of its learning rate and, where it has one, of beta.
+# name: (flags of align.py, whose rewards it learns, its setting). --choose tries six settings a method. This
+# one wins most against SFT, by the true reward, on average over CHOOSING_CELLS and both domains.
 WITH_BETA = [f"--learning_rate {rate} --beta {beta}" for rate in (1e-4, 5e-4) for beta in (0.03, 0.1, 0.3)]
 WITHOUT_BETA = [f"--learning_rate {rate}" for rate in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)]
-
-# name: flags, whose rewards it learns (unit: the Oracle's, by --oracle_scale divided by the std of their differences), the
-# setting that --choose chose (best mean win rate against SFT by the truth over CHOOSING_CELLS and both domains), and what
-# there was to choose from
-DRDO = "--loss drdo --student_rewards"
+HEAD, LOGPS, RATIO = (f"--loss drdo --student_rewards {r}" for r in ("head", "logps", "log_ratio"))
+RECOMMENDED = "DRDO (log ratio, mean p_w, unit Oracle)"
 METHODS = {
-    "sft_winners": ("", None, "--learning_rate 2e-4", WITHOUT_BETA),
-    "dpo": ("--loss dpo", None, "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
-    "dpo_nll": ("--loss dpo --nll_coef 0.025", None, "--learning_rate 1e-4 --beta 0.3", WITH_BETA),
-    "ipo": ("--loss ipo", None, "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
-    "edpo": ("--loss edpo", "ensemble", "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
-    "edpo_oracle": ("--loss edpo", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
-    "edpo_oracle_nll": ("--loss edpo --nll_coef 0.025", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
-    "drdo": (f"{DRDO} head", "oracle", "--learning_rate 1e-4", WITHOUT_BETA),
-    "drdo_p_mean": (f"{DRDO} head --p_w mean", "oracle", "--learning_rate 2e-4", WITHOUT_BETA),
-    "drdo_logps": (f"{DRDO} logps", "oracle", "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
-    "drdo_log_ratio": (f"{DRDO} log_ratio", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
-    "drdo_log_ratio_p_mean": (f"{DRDO} log_ratio --p_w mean", "oracle", "--learning_rate 1e-4 --beta 0.1", WITH_BETA),
-    "edpo_oracle_unit": ("--loss edpo", "unit", "--learning_rate 1e-4 --beta 0.3", WITH_BETA),
-    "drdo_logps_unit": (f"{DRDO} logps", "unit", "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
-    "drdo_log_ratio_unit": (f"{DRDO} log_ratio", "unit", "--learning_rate 1e-4 --beta 0.3", WITH_BETA),
-    "drdo_log_ratio_p_mean_unit": (f"{DRDO} log_ratio --p_w mean", "unit", "--learning_rate 1e-4 --beta 0.03", WITH_BETA),
+    "SFT on winners": ("", None, "--learning_rate 2e-4"),  # by sft.py
+    "DPO": ("--loss dpo", None, "--learning_rate 1e-4 --beta 0.1"),
+    "DPO + NLL": ("--loss dpo --nll_coef 0.025", None, "--learning_rate 1e-4 --beta 0.3"),
+    "IPO": ("--loss ipo", None, "--learning_rate 1e-4 --beta 0.03"),
+    "e-DPO": ("--loss edpo", "ensemble", "--learning_rate 1e-4 --beta 0.03"),
+    "e-DPO (Oracle)": ("--loss edpo", "oracle", "--learning_rate 1e-4 --beta 0.1"),
+    "e-DPO (Oracle) + NLL": ("--loss edpo --nll_coef 0.025", "oracle", "--learning_rate 1e-4 --beta 0.1"),
+    "e-DPO (unit Oracle)": ("--loss edpo --unit_oracle", "oracle", "--learning_rate 1e-4 --beta 0.3"),
+    "DRDO (head)": (HEAD, "oracle", "--learning_rate 1e-4"),
+    "DRDO (head, mean p_w)": (f"{HEAD} --p_w mean", "oracle", "--learning_rate 2e-4"),
+    "DRDO (logps)": (LOGPS, "oracle", "--learning_rate 1e-4 --beta 0.03"),
+    "DRDO (logps, unit Oracle)": (f"{LOGPS} --unit_oracle", "oracle", "--learning_rate 1e-4 --beta 0.03"),
+    "DRDO (log ratio)": (RATIO, "oracle", "--learning_rate 1e-4 --beta 0.1"),
+    "DRDO (log ratio, mean p_w)": (f"{RATIO} --p_w mean", "oracle", "--learning_rate 1e-4 --beta 0.1"),
+    "DRDO (log ratio, unit Oracle)": (f"{RATIO} --unit_oracle", "oracle", "--learning_rate 1e-4 --beta 0.3"),
+    RECOMMENDED: (f"{RATIO} --p_w mean --unit_oracle", "oracle", "--learning_rate 1e-4 --beta 0.03"),
 }
-SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [20, 21, 22, 23, 24], [90, 91], ["clean_all", "noisy_lc_le"]
-HEADLINE, GRID = list(METHODS), ["dpo", "edpo", "edpo_oracle", "drdo", "drdo_logps", "drdo_log_ratio",
-                                "drdo_log_ratio_p_mean_unit"]
-DIALS = ["dpo", *GRID[2:]]
+HEADLINE = list(METHODS)
+MAIN = ["e-DPO (Oracle)", "DRDO (head)", "DRDO (logps)", "DRDO (log ratio)", RECOMMENDED]
+GRID, LONG = ["DPO", "e-DPO", *MAIN], ["SFT on winners", "DPO", "DPO + NLL", *MAIN]
 
-
-def variants(method, *flags):
-    """{name: method} of a method with other flags; they are run as the method itself was set."""
-    loss, learns, setting, _ = METHODS[method]
-    return {f"{method} {flag}": (f"{loss} {flag}", learns, setting, []) for flag in flags}
-
-
+# "DRDO (head) --alpha 0" is DRDO (head) with one flag changed. AdamW does not see a loss's scale. So the
+# contrastive term is alone at alpha 10000.
 BETAS = ["--beta 0.5", "--beta 1", "--beta 10"]
-ABLATION = {  # AdamW is blind to the loss's scale: at alpha 10000 the contrastive term is alone
-    **variants("drdo", "--alpha 0", "--alpha 1", "--alpha 10000", "--gamma 0", "--gamma 1", "--gamma 5", "--detach_focal"),
-    **variants("drdo_logps", "--alpha 0", "--alpha 1", "--beta 0.1", *BETAS),
-    **variants("drdo_log_ratio", "--alpha 1", "--gamma 0", "--gamma 5", *BETAS),
-    **variants("dpo", *BETAS), **variants("edpo_oracle", *BETAS),
+ABLATION = {
+    "DPO": BETAS,
+    "DRDO (head)": ["--alpha 0", "--alpha 1", "--alpha 10000", "--gamma 0", "--gamma 1", "--gamma 5",
+                    "--detach_focal"],
+    "DRDO (logps)": ["--alpha 0", "--alpha 1", "--beta 0.1", *BETAS],
+    "DRDO (log ratio)": ["--alpha 1", "--gamma 0", "--gamma 5", *BETAS],
+    "e-DPO (Oracle)": BETAS,
 }
-METHODS |= ABLATION
+for name, flags in ABLATION.items():
+    loss, learns, setting = METHODS[name]
+    METHODS |= {f"{name} {flag}": (f"{loss} {flag}", learns, setting) for flag in flags}
+VARIANTS = [*ABLATION, *list(METHODS)[len(HEADLINE):]]
 
 
-def cell(flip=0.0, split="all", oracle="learned", pairs=6000, winners="any", steps=100, methods=HEADLINE, temperatures=False):
-    """winners: keep the pairs whose winner is shorter, equal or longer; temperatures: sample at 0.2, 0.5 and 0.9 too, and
-    ask the Oracle as well as the truth."""
-    return dict(flip=flip, split=split, oracle=oracle, pairs=pairs, winners=winners, steps=steps, methods=methods,
-                temperatures=temperatures)
+def cell(flip=0.0, split="all", oracle="learned", pairs=6000, winners="any", steps=100, methods=HEADLINE,
+         temperatures=False):
+    """flip: the share of flipped labels. winners: keep pairs whose winner is shorter, equal or longer.
+    temperatures: sample at 0.2, 0.5 and 0.9 too, and let the Oracle judge beside the true reward."""
+    return locals()
 
 
 FLIPS, TEACHERS = (0.0, 0.2, 0.4), ("learned", "larger", "true")
-LENGTHS = {100: "noisy_lc_le", 300: "steps_300", 1000: "steps_1000"}  # the cells of a training's length, in steps
+LENGTHS = {100: "noisy_lc_le", 300: "steps_300", 1000: "steps_1000"}  # steps: the cell with so many
 CELLS = {
     "clean_all": cell(temperatures=True),
     "noisy_lc_le": cell(flip=0.4, split="lc_le", temperatures=True),
-    **{f"steps_{n}": cell(flip=0.4, split="lc_le", steps=n, methods=["sft_winners", "dpo", "dpo_nll", *GRID[2:]])
-       for n in (300, 1000)},
+    **{f"steps_{n}": cell(flip=0.4, split="lc_le", steps=n, methods=LONG) for n in (300, 1000)},
     **{f"grid_{flip}_{who}": cell(flip=flip, oracle=who, methods=GRID) for who in TEACHERS for flip in FLIPS},
-    "ablation": cell(methods=["dpo", "drdo", "drdo_logps", "drdo_log_ratio", "edpo_oracle", *ABLATION]),
-    "clean_hc_he": cell(split="hc_he", methods=GRID), "clean_lc_le": cell(split="lc_le", methods=GRID),
-    **{f"winners_{which}": cell(winners=which, methods=DIALS) for which in ("shorter", "equal", "longer")},
-    **{f"pairs_{n}": cell(flip=0.2, pairs=n, methods=DIALS) for n in (500, 1500)},
+    "ablation": cell(methods=VARIANTS),
+    "clean_hc_he": cell(split="hc_he", methods=GRID),
+    "clean_lc_le": cell(split="lc_le", methods=GRID),
+    **{f"winners_{w}": cell(winners=w, methods=["DPO", *MAIN]) for w in ("shorter", "equal", "longer")},
+    **{f"pairs_{n}": cell(flip=0.2, pairs=n, methods=["DPO", *MAIN]) for n in (500, 1500)},
 }
+SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [20, 21, 22, 23, 24], [90, 91], ["clean_all", "noisy_lc_le"]
+SHARED = {"eval_data": "", "save_steps": 0, "warmup_steps": 10}  # flags of sft.py, oracle.py and align.py
+DOMAINS = {"test": "posts", "articles": "articles"}
+OPPONENTS = ["SFT", "DPO", "e-DPO", "e-DPO (Oracle)"]
 
 
-# ---- running the stages -----------------------------------------------------------------------------------------------
+def parse_args():
+    formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
+    flag = parser.add_argument
+    flag("--out", type=os.path.abspath, default="out/lab", help="folder to write")
+    flag("--choose", action="store_true", help=f"try all settings (default seeds: {CHOOSING_SEEDS})")
+    flag("--terms", action="store_true", help="print the sizes of Eq. 6's terms at policies that are there")
+    flag("--seeds", type=int, nargs="+", help=f"each its own data and base LM (default: {SEEDS})")
+    flag("--cells", nargs="+", choices=CELLS, metavar="CELL",
+         help=f"of {', '.join(CELLS)} (default: all; with --terms clean_all)")
+    flag("--methods", nargs="+", choices=METHODS, metavar="METHOD",
+         help=f"only these (default: all), each in quotes: {'; '.join(METHODS)}")
+    flag("--workers", type=int, default=2, help="seeds at a time, a thread each")
+    return parser.parse_args()
 
 
-def stage(main, flags, out, log):
-    """Runs a stage's `main` with these flags in a forked process, unless `out` is there; raises where it fails."""
-    if os.path.exists(out):
-        return
-    os.makedirs(os.path.dirname(log), exist_ok=True)
+def main():
+    args = parse_args()
+    wanted, seeds = args.methods or METHODS, args.seeds or (CHOOSING_SEEDS if args.choose else SEEDS)
+    homes = [f"{args.out}/seed{seed}" for seed in seeds]
+    if args.choose:
+        return choose(seeds, homes, args.workers, [name for name in HEADLINE if name in wanted])
+    if args.terms:
+        return [terms(name, seeds, homes) for name in args.cells or ["clean_all"]]
 
-    def child():
-        with open(log, "w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.argv, code = [main.__module__ + ".py", *map(str, flags)], 1
-        os.chdir(ROOT)
-        try:
-            main()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)  # without the parent's own ways of ending
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"{main.__module__} {' '.join(map(str, flags))} failed; see {log}")
+    cells = {name: CELLS[name] | {"methods": [m for m in CELLS[name]["methods"] if m in wanted]}
+             for name in args.cells or CELLS}
+    cells = {name: cell for name, cell in cells.items() if cell["methods"]}
+    if not cells:
+        fail("--methods: --cells trains none of them; name another cell")
+    train(seeds, homes, cells, args.workers, {name: [setting] for name, (_, _, setting) in METHODS.items()})
+    results = {name: judge(cell, homes) for name, cell in tqdm(cells.items(), "judging")}
+    report(args.out, results)
+    if all(name in cells for name in LENGTHS.values()) and len(homes) > 1:
+        best_lengths(cells, homes)
+    if not args.methods:
+        draw_degeneration(f"{args.out}/degeneration.png", results)
+        draw_grid(f"{args.out}/grid.png", results)
 
 
-def import_models():
-    """Imports what the stages would import, once, so that their forked processes need not."""
-    tokenizer = toy.make_tokenizer()
-    ids = tokenizer("SUBREDDIT:", return_tensors="pt").input_ids
-    with torch.no_grad():
-        toy.make_model(tokenizer).generate(ids, max_new_tokens=2, do_sample=True, top_p=0.8, pad_token_id=0)
+# ---- training the policies ---------------------------------------------------------------------------------
 
 
-def true_rewards(data, out):
-    """A rewards.pt as precompute_rewards.py writes it, of the true reward."""
-    rows = [json.loads(line) for line in open(data)]
-    columns = {key: torch.tensor([[toy.true_reward({**row, "response": row[key]}) for row in rows]], dtype=torch.float32)
-               for key in ("chosen", "rejected")}
-    torch.save({**columns, "oracles": ["truth"], "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest()}, out)
+def train(seeds, homes, cells, workers, settings):
+    """Trains and samples each cell's methods for every seed, with each of settings, {method: [flags]}."""
+    locks, tokenizer = {seed: Lock() for seed in seeds}, toy.make_tokenizer()
+    with torch.no_grad():  # imports what the stages need, so that their forked processes need not
+        toy.make_model(tokenizer).generate(tokenizer("TITLE:", return_tensors="pt").input_ids, do_sample=True,
+                                           max_new_tokens=2, top_p=0.8, pad_token_id=0)
+
+    def one(job):
+        cell, (seed, home) = job
+        with locks[seed]:  # a seed's cells share its data and models
+            prepare(seed, home)
+            rewards = teach(seed, home, cell)
+            for method in cell["methods"]:
+                for setting in settings[method]:
+                    train_policy(seed, home, cell, method, setting, rewards)
+                    bar.update()
+
+    total = len(seeds) * sum(len(settings[method]) for cell in cells.values() for method in cell["methods"])
+    with tqdm(total=total, desc="policies", smoothing=0) as bar, ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, itertools.product(cells.values(), zip(seeds, homes))))
 
 
-def unit_scale(path):
-    """The --oracle_scale that gives the differences of a rewards.pt the standard deviation 1; precompute_rewards.py prints what
-    they have."""
-    saved = torch.load(path, weights_only=True)
-    return 1 / (saved["chosen"] - saved["rejected"]).std().item()
+def prepare(seed, home):
+    """Makes a seed's base LM, SFT policy and prompts."""
+    raw = f"{home}/raw"
+    stage(toy, home, "/base/config.json", seed=seed, prompts=250)
+    stage(splits, f"{home}/data", "/prompts/articles.jsonl", seed=seed, dataset=f"{raw}/sft.jsonl",
+          prompts=[f"{raw}/test.jsonl", f"{raw}/articles.jsonl"])
+    with open(f"{home}/prompts.jsonl", "w") as file:
+        file.writelines(Path(f"{home}/data/prompts/{name}.jsonl").read_text() for name in DOMAINS)
+    sample(seed, home, tune(seed, home, f"{home}/base", f"{home}/sft"))
 
 
-def keep_winners(data, which, out):
-    """Writes the rows whose chosen response is shorter than, as long as or longer than the rejected, in words."""
-    rows = [json.loads(line) for line in open(data)]
-    longer = [len(row["chosen"].split()) - len(row["rejected"].split()) for row in rows]
-    toy.write_jsonl(out, [row for row, n in zip(rows, longer) if np.sign(n) == {"shorter": -1, "equal": 0, "longer": 1}[which]])
-
-
-def more_comparisons(world, pairs, seed, flip):
-    """A file of that many pairs, with the world's share of flips."""
-    path = f"{world}/more.jsonl"
-    if not os.path.exists(path):
-        toy.write_jsonl(path, toy.make_pairs(pairs, seed + 500, flip))
-    return path
-
-
-def larger_sft(home, seed):
-    """The folder of an SFT policy three times the student's size, pretrained and tuned as it was."""
-    folder = f"{home}/larger_base"
-
-    def pretrain():
-        torch.set_num_threads(1)
-        tokenizer = toy.make_tokenizer()
-        toy.make_model(tokenizer, seed, 800, hidden_size=96, num_hidden_layers=3).save_pretrained(f"{folder}.partial")
-        tokenizer.save_pretrained(f"{folder}.partial")
-        os.rename(f"{folder}.partial", folder)
-
-    stage(pretrain, [], folder, f"{home}/logs/larger_base.log")
-    return tune(home, folder, f"{home}/larger_sft", seed)
-
-
-def tune(home, base, out, seed):
-    """SFT on the world's own summaries; returns `out`, the policy's folder."""
-    stage(sft.main, ["--model", base, "--data", f"{home}/data/sft/train.jsonl", "--eval_data", "", "--out", out,
-                     "--batch_size", 32, "--max_steps", 150, "--learning_rate", 1e-3, "--warmup_steps", 10, "--save_steps", 0,
-                     "--seed", seed],
-          f"{out}/model.safetensors", f"{home}/logs/{Path(out).name}.log")
+def tune(seed, home, base, out):
+    """SFT on the writers' summaries. Returns `out`, the policy's folder."""
+    stage(sft, out, "/model.safetensors", model=base, data=f"{home}/data/sft/train.jsonl", **SHARED,
+          seed=seed, batch_size=32, max_steps=150, learning_rate=1e-3)
     return out
 
 
-def prepare(home, seed):
-    """A seed's base LM, SFT policy and prompts."""
-    stage(toy.main, ["--out", home, "--seed", seed, "--prompts", 250], f"{home}/base/config.json", f"{home}/logs/toy.log")
-    stage(splits.main, ["--out", f"{home}/data", "--dataset", f"{home}/raw/sft.jsonl", "--seed", seed, "--prompts",
-                        f"{home}/raw/test.jsonl", f"{home}/raw/articles.jsonl"],
-          f"{home}/data/prompts/articles.jsonl", f"{home}/logs/splits.log")
-    with open(f"{home}/prompts.jsonl", "w") as file:
-        file.writelines(Path(f"{home}/data/prompts/{name}.jsonl").read_text() for name in ("test", "articles"))
-    tune(home, f"{home}/base", f"{home}/sft", seed)
-    sample(home, f"{home}/sft", seed)
+def teach(seed, home, cell):
+    """Makes a cell's pairs and the rewards that its methods learn: {"oracle": file, "ensemble": file}."""
+    world, name, data, oracle_rewards = places(home, cell)
+    if not os.path.exists(f"{world}/comparisons.jsonl"):
+        os.makedirs(world, exist_ok=True)
+        toy.write_jsonl(f"{world}/comparisons.jsonl", toy.make_comparisons(cell["pairs"], seed, cell["flip"]))
+    whole = f"/{cell['split']}/train.jsonl"
+    stage(splits, f"{world}/data", whole, dataset=f"{world}/comparisons.jsonl", seed=seed)
+    if cell["winners"] != "any":
+        keep_winners(f"{world}/data{whole}", cell["winners"], data)
 
+    def reward_model(folder, **flags):
+        stage(oracle, folder, "/model.safetensors", **{
+            "model": f"{home}/sft", "data": f"{world}/data/all/train.jsonl", **SHARED, "seed": seed,
+            "batch_size": 16, "learning_rate": 2e-3, **flags})
+        return folder
 
-def sample(home, folder, seed, temperatures=(0.7,), name="generations"):
-    """A policy's generations, at <folder>/<name>.jsonl."""
-    stage(generate.main, ["--model", folder, "--prompts", f"{home}/prompts.jsonl", "--temperature", *temperatures, "--seed", seed,
-                          "--max_new_tokens", 48, "--micro_batch_size", 125, "--out", f"{folder}/{name}.jsonl"],
-          f"{folder}/{name}.jsonl", f"{folder}.logs/{name}.log")
+    learned = reward_model(f"{world}/oracle", max_steps=400)
+    if cell["oracle"] == "learned":
+        stage(precompute_rewards, oracle_rewards, oracle=learned, data=data)
+    elif cell["oracle"] == "larger":  # three times the student's size, three times the pairs
+        more = f"{world}/more.jsonl"
+        if not os.path.exists(more):
+            toy.write_jsonl(more, toy.make_pairs(3 * cell["pairs"], seed + 500, cell["flip"]))
+        stage(toy, f"{home}/larger", "/base/config.json", seed=seed, hidden_size=96, layers=3)
+        larger = tune(seed, home, f"{home}/larger/base", f"{home}/larger_sft")
+        larger = reward_model(f"{world}/larger_oracle", max_steps=1000, learning_rate=1e-3, model=larger,
+                              data=more)
+        stage(precompute_rewards, oracle_rewards, oracle=larger, data=data)
+    elif not os.path.exists(oracle_rewards):
+        true_rewards(data, oracle_rewards)
+    if "e-DPO" in cell["methods"]:
+        ensemble = [reward_model(f"{world}/reward_model_{k}", alpha=0, max_steps=250, seed=seed + 1000 * k)
+                    for k in (1, 2, 3)]
+        stage(precompute_rewards, f"{world}/{name}.ensemble.pt", oracle=ensemble, data=data)
+    if cell["temperatures"]:
+        sample(seed, home, f"{home}/sft", (0.2, 0.5, 0.9), "temperatures")
+        stage(precompute_rewards, f"{world}/sft.pt", oracle=learned, data=f"{home}/sft/generations.jsonl")
+    return {"oracle": oracle_rewards, "ensemble": f"{world}/{name}.ensemble.pt"}
 
 
 def places(home, cell):
@@ -234,369 +252,378 @@ def places(home, cell):
     return world, name, data, f"{world}/{name}.{cell['oracle']}.pt"
 
 
-def run_cell(home, seed, cell, settings):
-    """Trains and samples a cell's methods; yields each policy's folder. settings: {method: [flags to run it with]}."""
-    world, name, data, oracle_rewards = places(home, cell)
-    if not os.path.exists(f"{world}/comparisons.jsonl"):
-        os.makedirs(world, exist_ok=True)
-        toy.write_jsonl(f"{world}/comparisons.jsonl", toy.make_comparisons(cell["pairs"], seed, cell["flip"]))
-    whole = f"{world}/data/{cell['split']}/train.jsonl"
-    stage(splits.main, ["--out", f"{world}/data", "--dataset", f"{world}/comparisons.jsonl", "--seed", seed], whole,
-          f"{world}/logs/splits.log")
-    if cell["winners"] != "any":
-        keep_winners(whole, cell["winners"], data)
-    rewards = {"oracle": oracle_rewards, "unit": oracle_rewards, "ensemble": f"{world}/{name}.ensemble.pt"}
-    shared = ["--eval_data", "", "--save_steps", 0, "--warmup_steps", 10, "--seed", seed]
+def keep_winners(data, which, out):
+    """Writes the rows whose chosen response has fewer words than the rejected (shorter), as many, or more."""
+    rows, sign = read_rows(data), {"shorter": -1, "equal": 0, "longer": 1}[which]
+    toy.write_jsonl(out, [row for row in rows if sign == np.sign(
+        len(row["chosen"].split()) - len(row["rejected"].split()))])
 
-    def score(oracles, data, out):
-        stage(precompute_rewards.main, ["--oracle", *oracles, "--data", data, "--out", out], out, f"{out}.log")
 
-    def reward_model(folder, *flags, model=f"{home}/sft", data=f"{world}/data/all/train.jsonl"):
-        stage(oracle.main, ["--model", model, "--data", data, "--out", folder, "--batch_size", 16, "--learning_rate", 2e-3, *shared,
-                            *flags], f"{folder}/model.safetensors", f"{folder}.log")
-        return folder
+def true_rewards(data, out):
+    """Writes the true rewards of a preference file, in the format of precompute_rewards.py."""
+    saved = {key: torch.tensor([[toy.true_reward({**row, "response": row[key]}) for row in read_rows(data)]])
+             for key in ("chosen", "rejected")}
+    sha256 = hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    torch.save({**saved, "oracles": ["truth"], "data_sha256": sha256}, out)
 
-    learned = reward_model(f"{world}/oracle", "--max_steps", 400)
-    if cell["oracle"] == "learned":
-        score([learned], data, oracle_rewards)
-    elif cell["oracle"] == "larger":
-        comparisons = more_comparisons(world, 3 * cell["pairs"], seed, cell["flip"])
-        score([reward_model(f"{world}/larger_oracle", "--max_steps", 1000, "--learning_rate", 1e-3, model=larger_sft(home, seed),
-                            data=comparisons)], data, oracle_rewards)
-    elif not os.path.exists(oracle_rewards):
-        true_rewards(data, oracle_rewards)
-    if any(METHODS[method][1] == "ensemble" for method in cell["methods"]):
-        members = [reward_model(f"{world}/reward_model_{k}", "--alpha", 0, "--max_steps", 250, "--seed", seed + 1000 * k)
-                   for k in (1, 2, 3)]
-        score(members, data, rewards["ensemble"])
+
+def train_policy(seed, home, cell, method, setting, rewards):
+    """Trains and samples one method of a cell."""
+    flags, learns, _ = METHODS[method]
+    world, _, data, _ = places(home, cell)
+    folder = policy_folder(home, cell, method, setting)
+    oracle_flags = {"oracle_rewards": rewards[learns]} if learns else {}
+    stage(align if flags else sft, folder, "/model.safetensors", *setting.split(), *flags.split(), **SHARED,
+          **oracle_flags, model=f"{home}/sft", data=data, seed=seed, batch_size=24, micro_batch_size=24,
+          max_steps=cell["steps"])
+    sample(seed, home, folder)
     if cell["temperatures"]:
-        sample(home, f"{home}/sft", seed, (0.2, 0.5, 0.9), "temperatures")
-        score([learned], f"{home}/sft/generations.jsonl", f"{world}/sft.pt")
-    for method in cell["methods"]:
-        flags, learns, *_ = METHODS[method]
-        # one run serves every cell that asks for it: methods without an Oracle do not depend on whose it is
-        whose = cell["oracle"] if learns in ("oracle", "unit") else "any"
-        for setting in settings[method]:
-            folder = f"{world}/{name}_{whose}_{cell['steps']}/" + f"{method}{setting}".replace(" ", "").replace("--", "_")
-            learns_flags = ["--oracle_rewards", rewards[learns]] if learns else []
-            learns_flags += ["--oracle_scale", unit_scale(rewards[learns])] if learns == "unit" else []
-            stage(align.main if flags else sft.main, ["--model", f"{home}/sft", "--data", data, *shared, "--out", folder,
-                  "--batch_size", 24, "--micro_batch_size", 24, "--max_steps", cell["steps"], *setting.split(), *flags.split(),
-                  *learns_flags],
-                  f"{folder}/model.safetensors", f"{folder}.logs/train.log")
-            sample(home, folder, seed)
-            if cell["temperatures"]:
-                sample(home, folder, seed, (0.2, 0.5, 0.9), "temperatures")
-                score([learned], f"{folder}/generations.jsonl", f"{folder}/rewards.pt")
-            yield folder
+        sample(seed, home, folder, (0.2, 0.5, 0.9), "temperatures")
+        stage(precompute_rewards, f"{folder}/rewards.pt", oracle=f"{world}/oracle",
+              data=f"{folder}/generations.jsonl")
 
 
-def run(out, seeds, cells, settings, workers):
-    """{cell: {(method, setting): [(home, policy folder) of each seed]}}; cell by cell, with a bar."""
-    runs = {name: {(method, setting): [] for method in cell["methods"] for setting in settings[method]}
-            for name, cell in cells.items()}
-    locks = {seed: Lock() for seed in seeds}
-    import_models()
-
-    def one(job):
-        name, seed = job
-        home = f"{out}/seed{seed}"
-        with locks[seed]:  # a seed's cells share its data and models
-            prepare(home, seed)
-            for key, folder in zip(runs[name], run_cell(home, seed, cells[name], settings)):
-                runs[name][key].append((home, folder))
-                bar.update()
-
-    total = len(seeds) * sum(map(len, runs.values()))
-    with tqdm(total=total, desc="policies", smoothing=0) as bar, ThreadPoolExecutor(workers) as pool:
-        list(pool.map(one, itertools.product(cells, seeds)))
-    return {name: {key: sorted(many) for key, many in policies.items()} for name, policies in runs.items()}
+def policy_folder(home, cell, method, setting=None):
+    """One policy serves every cell that asks for it. Without the Oracle a method does not depend on it."""
+    if method == "SFT":
+        return f"{home}/sft"
+    world, name, *_ = places(home, cell)
+    _, learns, own = METHODS[method]
+    cells = f"{name}_{cell['oracle'] if learns == 'oracle' else 'any'}_{cell['steps']}"
+    return f"{world}/{cells}/" + re.sub(r"[^\w.+-]+", "_", f"{method} {setting or own}")
 
 
-# ---- verdicts ---------------------------------------------------------------------------------------------------------
+def sample(seed, home, folder, temperatures=(0.7,), name="generations"):
+    """Writes a policy's answers to <folder>/<name>.jsonl."""
+    stage(generate, f"{folder}/{name}.jsonl", model=folder, prompts=f"{home}/prompts.jsonl", seed=seed,
+          temperature=temperatures, max_new_tokens=48, micro_batch_size=125)
 
 
-DOMAINS = {"test": "posts", "articles": "articles"}
-OPPONENTS = ["sft", "dpo", "edpo", "edpo_oracle"]
+def stage(script, out, done="", *extra, **flags):
+    """Runs a script's main with --out and these flags in a forked process, unless out + done is there.
+    What it prints is in <out>.log. Raises where it fails."""
+    if os.path.exists(out + done):
+        return
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+
+    def child():
+        with open(f"{out}.log", "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.chdir(ROOT)
+        sys.argv, code = [script.__file__, "--out", out, *extra], 1
+        for name, value in flags.items():
+            sys.argv += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        try:
+            script.main()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)  # without the parent's own ways of ending
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{script.__name__}.py failed; see {out}.log")
+
+
+# ---- verdicts ----------------------------------------------------------------------------------------------
+
+
+def judge(cell, homes):
+    """{method: its figures in a cell}. Win rates, [mean, low, high]: "<opponent>/<domain>" by the truth,
+    "T=0.2/<domain>" against SFT at another temperature, "oracle/<domain>" against SFT by the Oracle. Means of
+    "true", "tokens", "eos" and of the last "logps". SFT's row has how often the Oracle is right, its stds."""
+    methods, figures = ["SFT", *cell["methods"]], {}
+    folders = {method: [policy_folder(home, cell, method) for home in homes] for method in methods}
+    texts = {method: [read(folder) for folder in folders[method]] for method in methods}
+    for method in methods:
+        row = figures[method] = {"seeds": len(homes)}
+        for domain in DOMAINS:
+            for other in methods:
+                if other != method:
+                    row[f"{other}/{domain}"] = win_rate(texts[method], texts[other], domain)
+            for name in ("true", "tokens", "eos"):
+                row[f"{name}/{domain}"] = interval([
+                    np.array([row[name] for row in seed[domain].values()], float) for seed in texts[method]])
+            if cell["temperatures"] and method != "SFT":
+                ours = [read(folder, rewards=f"{folder}/rewards.pt") for folder in folders[method]]
+                theirs = [read(f"{home}/sft", rewards=f"{places(home, cell)[0]}/sft.pt") for home in homes]
+                row[f"oracle/{domain}"] = win_rate(ours, theirs, domain, "oracle")
+                for t in (0.2, 0.5, 0.9):
+                    ours, theirs = ([read(folder, t) for folder in folders[name]] for name in (method, "SFT"))
+                    row[f"T={t}/{domain}"] = win_rate(ours, theirs, domain)
+        if method == "SFT":
+            right, stds = zip(*(teacher(cell, home) for home in homes))
+            row |= {"oracle_right": float(np.mean(right)), "oracle_stds": list(stds)}
+        elif method != "SFT on winners":
+            last = [read_rows(f"{folder}/log.jsonl")[-1] for folder in folders[method]]
+            for name in ("logps/chosen", "logps/rejected"):
+                row[name] = float(np.mean([line[name] for line in last]))
+    return figures
 
 
 def read(folder, temperature=0.7, rewards=None):
-    """{domain: {prompt: row}} of a policy's generations at a temperature, with the `true` reward and the Oracle's."""
-    rows = {domain: {} for domain in DOMAINS}
-    name = "generations" if temperature == 0.7 else "temperatures"
-    scores = torch.load(rewards, weights_only=True)["response"][0].tolist() if rewards else itertools.repeat(None)
-    for row, score in zip(map(json.loads, open(f"{folder}/{name}.jsonl")), scores):
+    """{domain: {prompt: row}} of a policy's answers at a temperature, with `true` and `oracle` rewards."""
+    answers = {domain: {} for domain in DOMAINS}
+    rows = read_rows(f"{folder}/{'generations' if temperature == 0.7 else 'temperatures'}.jsonl")
+    scores = torch.load(rewards, weights_only=True)["response"][0].tolist() if rewards else [None] * len(rows)
+    for row, score in zip(rows, scores):
         if row["temperature"] == temperature:
-            rows[row["dataset"]][row["prompt"]] = {**row, "true": toy.true_reward(row), "oracle": score}
-    return rows
+            answers[row["dataset"]][row["prompt"]] = {**row, "true": toy.true_reward(row), "oracle": score}
+    return answers
+
+
+def read_rows(path):
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+def win_rate(ours, theirs, domain, judge="true"):
+    """[mean, low, high]. ours, theirs: read()'s, of each seed."""
+    return interval([wins(a[domain], b[domain], judge) for a, b in zip(ours, theirs)])
 
 
 def wins(ours, theirs, judge="true"):
-    """Of each prompt 1, 0.5 or 0: our response's reward is above, equal or below theirs; two {prompt: row}."""
+    """Of each prompt 1, 0.5 or 0: our answer's reward is above, equal to or below theirs; {prompt: row}."""
     return np.array([(np.sign(ours[prompt][judge] - theirs[prompt][judge]) + 1) / 2 for prompt in ours])
 
 
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5%, by the number of seeds
+# 97.5%, by the number of seeds
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def interval(by_seed):
-    """Mean and 95% interval of values by seed, a list of arrays over prompts: Student's t of the seeds' means, which carry the
-    prompts' noise too. (A bootstrap of five seeds would be too narrow by a third.) One seed has no interval."""
-    means = np.array([values.mean() for values in by_seed])
-    half = STUDENT_T.get(len(means), 2.0) * means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else np.nan
+    """Mean and 95% interval of values by seed, arrays over prompts: Student's t of the seeds' means.
+    (A bootstrap of five seeds is too narrow by a third.) One seed has no interval."""
+    means, n = np.array([values.mean() for values in by_seed]), len(by_seed)
+    half = STUDENT_T.get(n, 2.0) * means.std(ddof=1) / n ** 0.5 if n > 1 else np.nan
     return [float(means.mean()), float(means.mean() - half), float(means.mean() + half)]
 
 
 def teacher(cell, home):
-    """(share of a cell's pairs whose truly better response the Oracle prefers, std of its differences); ties in truth left out."""
+    """(how often the Oracle prefers the truly better response of a cell's pairs, std of its differences)."""
     _, _, data, path = places(home, cell)
     saved = torch.load(path, weights_only=True)
     margins = (saved["chosen"] - saved["rejected"])[0]
-    truth = torch.tensor([toy.true_reward({**row, "response": row["chosen"]}) - toy.true_reward({**row, "response": row["rejected"]})
-                          for row in map(json.loads, open(data))])
-    return ((margins > 0) == (truth > 0))[truth != 0].float().mean().item(), margins.std().item()
-
-
-def judge(cell, policies):
-    """{method: its figures in a cell}: win rates with intervals, "opponent/domain" by the truth, "oracle/domain" against SFT by
-    the Oracle, "T=0.2/domain" against SFT at other temperatures; means of true reward, tokens, EOS, last log-probs. SFT's also
-    have the cell's Oracle: how often it is right, and the std of its differences by seed."""
-    folders = {"sft": [(home, f"{home}/sft") for home, _ in next(iter(policies.values()))], **policies}
-    teachers = np.array([teacher(cell, home) for home, _ in folders["sft"]])
-    texts = {method: [read(folder) for _, folder in many] for method, many in folders.items()}
-    figures = {}
-    for method, many in folders.items():
-        row = figures[method] = {"seeds": len(many)}
-        if method == "sft":
-            row |= {"oracle_right": float(teachers[:, 0].mean()), "oracle_stds": teachers[:, 1].tolist()}
-        for domain in DOMAINS:
-            for opponent in folders:
-                if opponent != method:
-                    row[f"{opponent}/{domain}"] = interval([wins(a[domain], b[domain])
-                                                            for a, b in zip(texts[method], texts[opponent])])
-            for name in ("true", "tokens", "eos"):
-                row[f"{name}/{domain}"] = interval([np.array([text[name] for text in run[domain].values()], float)
-                                                    for run in texts[method]])
-            if cell["temperatures"] and method != "sft":
-                worlds = [f"{Path(folder).parent.parent}/sft.pt" for _, folder in many]
-                pairs = [(read(folder, 0.7, f"{folder}/rewards.pt"), read(f"{home}/sft", 0.7, world))
-                         for (home, folder), world in zip(many, worlds)]
-                row[f"oracle/{domain}"] = interval([wins(ours[domain], theirs[domain], "oracle") for ours, theirs in pairs])
-                for temperature in (0.2, 0.5, 0.9):
-                    pairs = [(read(folder, temperature), read(f"{home}/sft", temperature)) for home, folder in many]
-                    row[f"T={temperature}/{domain}"] = interval([wins(ours[domain], theirs[domain]) for ours, theirs in pairs])
-        if method not in ("sft", "sft_winners"):
-            last = [json.loads(open(f"{folder}/log.jsonl").readlines()[-1]) for _, folder in many]
-            row |= {name: float(np.mean([line[name] for line in last])) for name in ("logps/chosen", "logps/rejected")}
-    return figures
+    rows = read_rows(data)
+    chosen, rejected = (torch.tensor([toy.true_reward({**row, "response": row[key]}) for row in rows])
+                        for key in ("chosen", "rejected"))
+    right = ((margins > 0) == (chosen > rejected))[chosen != rejected]
+    return right.float().mean().item(), margins.std().item()
 
 
 def report(out, results):
-    """Prints a table a cell and writes results.json; results: {cell: judge()'s figures}."""
-    def show(row, name, digits=True):
-        return " / ".join(("{:.2f} [{:.2f}, {:.2f}]" if digits else "{:.2f}").format(*row[f"{name}/{domain}"])
-                          for domain in DOMAINS)
-
+    """Prints the tables of each cell and writes results.json. results: {cell: judge()'s figures}."""
     for name, figures in results.items():
-        cell, last = CELLS[name], next(reversed(figures.values()))
-        print(f"\n## {name}: {cell['split']}, flips {cell['flip']}, Oracle {cell['oracle']}, winners {cell['winners']}, "
-              f"{cell['pairs']} pairs, {cell['steps']} steps, {figures['sft']['seeds']} seeds; posts / articles\n\n"
-              f"The Oracle is right on {figures['sft']['oracle_right']:.2f} of the pairs, by the truth; its differences' std, by seed: "
-              f"{', '.join(f'{std:.2f}' for std in figures['sft']['oracle_stds'])}.\n")
-        columns = [opponent for opponent in OPPONENTS if opponent in figures] + ["oracle"] * ("oracle/test" in last)
-        titles = ["against SFT by the Oracle" if column == "oracle" else f"against {column}" for column in columns]
-        print(f"| method | {' | '.join(titles)} | true reward | tokens | EOS | log pi(y_w), log pi(y_l) |")
-        print("|" + "---|" * (len(columns) + 5))
+        cell, sft_row, last = CELLS[name], figures["SFT"], list(figures.values())[-1]
+        stds = ", ".join(f"{std:.2f}" for std in sft_row["oracle_stds"])
+        print("\n## {}: {split}, flips {flip}, Oracle {oracle}, winners {winners}, {pairs} pairs, "
+              "{steps} steps, {} seeds; posts / articles\n".format(name, sft_row["seeds"], **cell))
+        print(f"The Oracle is right on {sft_row['oracle_right']:.2f} of the pairs, by the truth; its "
+              f"differences' std, by seed: {stds}.\n")
+        titles = {other: f"against {other}" for other in OPPONENTS if other in figures}
+        if "oracle/test" in last:
+            titles["oracle"] = "against SFT by the Oracle"
+        print_title("method", *titles.values(), "true reward", "tokens", "EOS", "log pi(y_w), log pi(y_l)")
         for method, row in figures.items():
-            wins = [show(row, column) if f"{column}/test" in row else "" for column in columns]
-            logps = "{logps/chosen:.1f}, {logps/rejected:.1f}".format(**row) if "logps/chosen" in row else ""
-            print(f"| {method} | {' | '.join(wins)} | {show(row, 'true', False)} | {row['tokens/test'][0]:.1f} | "
-                  f"{row['eos/test'][0]:.2f} | {logps} |")
+            print_row(method, *(show(row, other) if f"{other}/test" in row else "" for other in titles),
+                      show(row, "true", "{:.2f}"), f"{row['tokens/test'][0]:.1f}",
+                      f"{row['eos/test'][0]:.2f}", "{logps/chosen:.1f}, {logps/rejected:.1f}".format(**row)
+                      if "logps/chosen" in row else "")
         if "T=0.2/test" in last:
-            print("\nAgainst SFT at the same temperature:\n\n| method | T = 0.2 | 0.5 | 0.7 | 0.9 |\n|" + "---|" * 5)
+            print("\nAgainst SFT at the same temperature:\n")
+            print_title("method", "T = 0.2", "0.5", "0.7", "0.9")
             for method, row in list(figures.items())[1:]:
-                print(f"| {method} | " + " | ".join(show(row, t, False) for t in ("T=0.2", "T=0.5", "sft", "T=0.9")) + " |")
+                print_row(method, *(show(row, name, "{:.2f}") for name in ("T=0.2", "T=0.5", "SFT", "T=0.9")))
     Path(f"{out}/results.json.partial").write_text(json.dumps(results, indent=1))
     os.replace(f"{out}/results.json.partial", f"{out}/results.json")
     print(f"\nwrote {out}/results.json")
 
 
+def show(row, name, form="{:.2f} [{:.2f}, {:.2f}]"):
+    return " / ".join(form.format(*row[f"{name}/{domain}"]) for domain in DOMAINS)
+
+
+def print_title(*cells):
+    print_row(*cells)
+    print("|" + "---|" * len(cells))
+
+
+def print_row(*cells):
+    print(f"| {' | '.join(cells)} |")
+
+
+def best_lengths(cells, homes):
+    """Prints each method at its best number of steps. For a seed, that one wins most against SFT on the
+    other seeds: nothing is chosen on the prompts that judge it."""
+    best, texts = {}, {"SFT": [read(f"{home}/sft") for home in homes]}
+    for method in cells[LENGTHS[1000]]["methods"]:
+        tried = [[read(policy_folder(home, cells[name], method)) for home in homes]
+                 for name in LENGTHS.values()]
+        rates = np.array([[np.mean([wins(ours[domain], start[domain]).mean() for domain in DOMAINS])
+                           for ours, start in zip(row, texts["SFT"])] for row in tried])  # (lengths, seeds)
+        best[method] = best_elsewhere(rates)
+        texts[method] = [tried[length][seed] for seed, length in enumerate(best[method])]
+    print(f"\n## best of {', '.join(map(str, LENGTHS))} steps, chosen on the other seeds; posts / articles\n")
+    others = [name for name in ("SFT", "DPO", "e-DPO (Oracle)") if name in texts]
+    print_title("method", "steps, by seed", *(f"against {name}" for name in others))
+    for method, lengths in best.items():
+        row = {f"{name}/{domain}": win_rate(texts[method], texts[name], domain)
+               for name in others for domain in DOMAINS}
+        print_row(method, ", ".join(str(list(LENGTHS)[length]) for length in lengths),
+                  *(show(row, name) if name != method else "" for name in others))
+
+
 def best_elsewhere(rates):
-    """For each seed the index of the length that wins most on the others; rates: (lengths, seeds)."""
+    """For each seed the index of the length that wins most on the others. rates: (lengths, seeds)."""
     return (rates.sum(1, keepdims=True) - rates).argmax(0)
 
 
-def best_checkpoints(runs):
-    """Prints each method at its best length of training: for a seed the one of LENGTHS that wins most against SFT on the other
-    seeds, so that no length is chosen on the prompts it is judged on. runs: run()'s."""
-    lengths, picked = list(LENGTHS), {}
-    methods = [key for key in runs[LENGTHS[1000]] if key in runs[LENGTHS[100]]]
-    sft = [read(f"{home}/sft") for home, _ in runs[LENGTHS[1000]][methods[0]]]
-    for method in methods:
-        texts = [[read(folder) for _, folder in runs[cell][method]] for cell in LENGTHS.values()]
-        rates = np.array([[np.mean([wins(text[domain], start[domain]).mean() for domain in DOMAINS])
-                           for text, start in zip(row, sft)] for row in texts])  # (lengths, seeds)
-        best = best_elsewhere(rates)
-        picked[method[0]] = [[lengths[k] for k in best], [texts[k][seed] for seed, k in enumerate(best)]]
-    print("\n## best of " + ", ".join(map(str, lengths)) + " steps, chosen on the other seeds; posts / articles\n")
-    print("| method | steps, by seed | against SFT | against DPO | against e-DPO, DRDO's Oracle |\n|" + "---|" * 5)
-    opponents = [sft, *(picked[name][1] for name in ("dpo", "edpo_oracle") if name in picked)]
-    for method, (steps, texts) in picked.items():
-        shown = [" / ".join("{:.2f} [{:.2f}, {:.2f}]".format(*interval([wins(a[domain], b[domain]) for a, b in zip(texts, other)]))
-                            for domain in DOMAINS) if other is not texts else "" for other in opponents]
-        print(f"| {method} | {', '.join(map(str, steps))} | {' | '.join(shown)} |")
+# ---- pictures ----------------------------------------------------------------------------------------------
 
 
-def terms(out, seeds, cell, pairs=480):
-    """Prints what each term of Eq. 6 does on a cell's pairs: the norm of its gradient on the LM's weights, and its push on
-    z_w and z_l, minus its derivative there, a pair (mean over pairs); at the SFT policy and at DRDO's after 100 steps."""
-    import transformers
-    from losses import contrastive_loss, distillation_loss, dpo_loss, log1mexp
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    print("| policy | z_w, z_l | term | gradient norm | push on z_w | push on z_l |\n|" + "---|" * 6)
-    for name in ("sft", "drdo", "drdo_logps"):
-        figures, sizes = {}, []
-        for seed in seeds:
-            home = f"{out}/seed{seed}"
-            world, split, data, oracle_rewards = places(home, cell)
-            setting = METHODS.get(name, ("", "", ""))[2].replace(" ", "").replace("--", "_")
-            folder = f"{home}/sft" if name == "sft" else f"{world}/{split}_{cell['oracle']}_{cell['steps']}/{name}{setting}"
-            if not os.path.isdir(folder):
-                print(f"error: {folder}: no policy there; train it first, by python tests/lab.py --cells ... without --terms",
-                      file=sys.stderr)
-                sys.exit(2)
-            tokenizer = align.load_tokenizer(folder)
-            lm = align.load_model(folder, tokenizer.pad_token_id)
-            torch.manual_seed(seed)
-            align.add_head(lm)
-            if name == "drdo":  # the head that it learned
-                from safetensors.torch import load_file
-                lm.score.weight.data = load_file(f"{folder}/model.safetensors")["score.weight"]
-            rows = [json.loads(line) for line, _ in zip(open(data), range(pairs))]
-            encoded = [[np.array(ids) for ids in (align.encode_prompt(tokenizer, row["prompt"]), *(
-                align.encode_response(tokenizer, row[key]) for key in ("chosen", "rejected")))] for row in rows]
-            logps, rewards = align.PairModel(lm)(**align.collate(encoded, tokenizer.pad_token_id, "cpu"))
-            z_w, z_l = logps.unbind(1)
-            lengths_w, lengths_l = torch.tensor([[len(pair[1]), len(pair[2])] for pair in encoded]).T
-            saved = torch.load(oracle_rewards, weights_only=True)
-            teaches = saved["chosen"][0, :pairs], saved["rejected"][0, :pairs]
-            scaled = [unit_scale(oracle_rewards) * rewards for rewards in teaches]
-            log_ratio_w, log_ratio_l = z_w - z_w.detach(), z_l - z_l.detach()
-            focal = torch.sigmoid(z_l - z_w) ** 2
-            parts = {"distillation, r^ the head": distillation_loss(*rewards.unbind(1), *teaches),
-                     "distillation, r^ = 0.03 log pi": distillation_loss(0.03 * z_w, 0.03 * z_l, *teaches),
-                     "distillation, r^ = 0.1 log ratio, at its start":
-                         distillation_loss(0.1 * log_ratio_w, 0.1 * log_ratio_l, *teaches),
-                     "distillation, r^ = 0.03 log ratio, at its start, unit scale":
-                         distillation_loss(0.03 * log_ratio_w, 0.03 * log_ratio_l, *scaled),
-                     "0.1 x contrastive, whole": 0.1 * contrastive_loss(z_w, z_l),
-                     "... likelihood of y_w": -0.1 * focal.detach() * z_w,
-                     "... log(1 - pi(y_l))": 0.1 * focal.detach() * log1mexp(z_l),
-                     "... the focal factor's own gradient": -0.1 * focal * (z_w - log1mexp(z_l)).detach(),
-                     "0.1 x contrastive, p_w of means": 0.1 * contrastive_loss(z_w, z_l, 2.0, z_w / lengths_w - z_l / lengths_l),
-                     "DPO, beta 0.1, at its start": dpo_loss(z_w, z_l, z_w.detach(), z_l.detach())}
-            sizes.append(logps.mean(0).tolist())
-            for term, loss in parts.items():
-                gradient = torch.autograd.grad(loss.mean(), list(lm.base_model.parameters()), retain_graph=True)
-                pushes = torch.autograd.grad(loss.sum(), logps, retain_graph=True, allow_unused=True)[0]
-                pushes = [0.0, 0.0] if pushes is None else (-pushes.mean(0)).tolist()
-                figures.setdefault(term, []).append([sum((g ** 2).sum() for g in gradient).sqrt().item(), *pushes])
-        for term, many in figures.items():
-            norm, push_w, push_l = np.mean(many, 0)
-            print(f"| {name} | {', '.join(f'{z:.1f}' for z in np.mean(sizes, 0))} | {term} | {norm:.3g} | {push_w:+.2g} | {push_l:+.2g} |")
-
-
-def draw(out, results):
-    """grid.png: win rates against DPO by label noise and Oracle; degeneration.png: curves over 100, 300, 1000 steps."""
-    import matplotlib
-    matplotlib.use("Agg")
+def draw_degeneration(path, results):
+    """True reward and length of the answers after 100, 300 and 1000 steps on noisy pairs."""
+    if not all(name in results for name in LENGTHS.values()):
+        return
     import matplotlib.pyplot as plt
+    styles = {RECOMMENDED: "C0P-", "e-DPO (Oracle)": "C1D-.", "DPO + NLL": "C2^--", "DRDO (head)": "C4s:",
+              "DPO": "C3o-"}
+    labels = {"true/test": "true reward of an answer (best: 5)", "tokens/test": "length of an answer, tokens"}
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    for panel, (quantity, label) in zip(panels, labels.items()):
+        start = results[LENGTHS[100]]["SFT"][quantity][0]
+        panel.axhline(start, color="black", linewidth=1, label="SFT: the policy that all start from")
+        for i, (method, style) in enumerate(styles.items()):
+            steps = [n * 1.05 ** (i - 2) for n in LENGTHS]  # a little apart: no marker hides another
+            curve = [results[name][method][quantity][0] for name in LENGTHS.values()]
+            panel.plot(steps, curve, style, label=method)
+        panel.set(xscale="log", xlabel="training steps of 24 pairs", ylabel=label)
+        panel.set_xticks(list(LENGTHS), list(LENGTHS)), panel.minorticks_off()
+    figure.suptitle("Toy task: 40% of the training pairs have the wrong label")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save(figure, path)
 
-    teachers = [who for who in TEACHERS if all(f"grid_{flip}_{who}" in results for flip in FLIPS)]
-    if teachers:
-        figure, panels = plt.subplots(2, len(GRID) - 1, figsize=(13, 1.5 + 1.3 * len(teachers)), sharex=True, sharey=True,
-                                      layout="constrained")
-        for panel, (domain, method) in zip(panels.flat, itertools.product(DOMAINS, GRID[1:])):
-            values = [[results[f"grid_{flip}_{who}"][method][f"dpo/{domain}"][0] for flip in FLIPS] for who in teachers]
-            image = panel.imshow(values, cmap="RdBu", vmin=0, vmax=1)
-            for (y, x), value in np.ndenumerate(values):
-                panel.text(x, y, f"{value:.2f}", ha="center", va="center")
-            title = textwrap.fill(method.replace("_", " "), 18) + f"\n{DOMAINS[domain]}"
-            panel.set(title=title, xlabel="labels flipped", ylabel="Oracle")
-            panel.set_xticks(range(len(FLIPS)), FLIPS), panel.set_yticks(range(len(teachers)), teachers)
-            panel.label_outer()
-        figure.colorbar(image, ax=panels, label="win rate against DPO by the true reward")
-        save(figure, f"{out}/grid.png")
 
-    if all(name in results for name in LENGTHS.values()):
-        quantities = {"true/test": "true reward, posts", "tokens/test": "tokens", "eos/test": "EOS rate",
-                      "logps/chosen": "log-prob of chosen", "logps/rejected": "log-prob of rejected"}
-        figure, panels = plt.subplots(1, len(quantities), figsize=(16, 3.6), layout="constrained")
-        for panel, (quantity, title) in zip(panels, quantities.items()):
-            for method in results["steps_1000"]:
-                curve = [np.atleast_1d(results[name][method].get(quantity, np.nan))[0] for name in LENGTHS.values()]
-                panel.plot(list(LENGTHS), curve, ":k" if method == "sft" else ".-", label=method)
-            panel.set(title=title, xscale="log", xlabel="steps")
-            panel.set_xticks(list(LENGTHS), list(LENGTHS)), panel.minorticks_off()
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
-        save(figure, f"{out}/degeneration.png")
+def draw_grid(path, results):
+    """Win rates against DPO by label noise and Oracle."""
+    if not all(f"grid_{flip}_{who}" in results for flip in FLIPS for who in TEACHERS):
+        return
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(2, len(GRID) - 1, figsize=(13, 5), sharex=True, sharey=True,
+                                  layout="constrained")
+    for panel, (domain, method) in zip(panels.flat, itertools.product(DOMAINS, GRID[1:])):
+        values = [[results[f"grid_{flip}_{who}"][method][f"DPO/{domain}"][0] for flip in FLIPS]
+                  for who in TEACHERS]
+        image = panel.imshow(values, cmap="RdBu", vmin=0.3, vmax=0.7)
+        for (y, x), value in np.ndenumerate(values):
+            panel.text(x, y, f"{value:.2f}", ha="center", va="center")
+        panel.set_xticks(range(len(FLIPS)), [f"{flip:.0%}" for flip in FLIPS])
+        panel.set_yticks(range(len(TEACHERS)), ["learned", "larger", "true"])
+        panel.set_title(textwrap.fill(method, 18) if domain == "test" else "")
+    for panel, name in zip(panels[:, 0], ("posts (in domain)", "articles (out of domain)")):
+        panel.set_ylabel(f"{name}\n\nthe Oracle is")
+    figure.supxlabel("share of wrong labels in the training pairs", fontsize="medium")
+    figure.colorbar(image, ax=panels, label="win rate against DPO, by the true reward")
+    save(figure, path)
 
 
 def save(figure, path):
-    figure.savefig(f"{path}.partial", format="png", dpi=90)
+    figure.savefig(f"{path}.partial", format="png", dpi=100)
     os.replace(f"{path}.partial", path)
     print(f"wrote {path}")
 
 
-def choose(out, seeds, workers, methods):
-    """Runs every setting of every method in CHOOSING_CELLS, and prints the one that wins most against SFT by the truth."""
+# ---- --choose and --terms ----------------------------------------------------------------------------------
+
+
+def choose(seeds, homes, workers, methods):
+    """Runs every setting of every method in CHOOSING_CELLS. Marks the one that wins most against SFT."""
     cells = {name: CELLS[name] | {"methods": methods, "temperatures": False} for name in CHOOSING_CELLS}
-    runs = run(out, seeds, cells, {method: METHODS[method][3] for method in methods}, workers)
-    columns = [f"{name}, {domain}" for name in cells for domain in DOMAINS.values()]
-    print(f"\n| method | setting | mean | {' | '.join(columns)} |\n|" + "---|" * 7)
+    settings = {name: WITH_BETA if "--beta" in METHODS[name][2] else WITHOUT_BETA for name in methods}
+    train(seeds, homes, cells, workers, settings)
+    start = [read(f"{home}/sft") for home in homes]
+    print_title("method", "setting", "mean", *(f"{name}, {DOMAINS[d]}" for name in cells for d in DOMAINS))
     for method in methods:
-        lines = []
-        for setting in METHODS[method][3]:
-            rates = [np.mean([wins(read(folder)[domain], read(f"{home}/sft")[domain]).mean()
-                              for home, folder in runs[name][method, setting]]) for name in cells for domain in DOMAINS]
-            lines.append((np.mean(rates), setting, rates))
-        for mean, setting, rates in lines:
-            best = "**" if mean == max(lines)[0] else ""
-            print(f"| {method} | {best}`{setting}`{best} | {mean:.3f} | {' | '.join(f'{rate:.3f}' for rate in rates)} |")
+        rates = {}
+        for setting in settings[method]:
+            texts = [[read(policy_folder(home, cell, method, setting)) for home in homes]
+                     for cell in cells.values()]
+            rates[setting] = [win_rate(ours, start, domain)[0] for ours in texts for domain in DOMAINS]
+        most = max(map(np.mean, rates.values()))
+        for setting, row in rates.items():
+            best = "**" if np.mean(row) == most else ""
+            print_row(method, f"{best}`{setting}`{best}", *(f"{rate:.3f}" for rate in (np.mean(row), *row)))
 
 
-def main():
-    formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
-    parser.add_argument("--out", default="out/lab", help="folder to write")
-    parser.add_argument("--choose", action="store_true", help=f"try every method's settings, on seeds {CHOOSING_SEEDS} (or --seeds)")
-    parser.add_argument("--terms", action="store_true", help="print the sizes of Eq. 6's terms on policies that are there")
-    parser.add_argument("--seeds", type=int, nargs="+", help=f"each its own data and base LM (default: {SEEDS})")
-    parser.add_argument("--cells", nargs="+", choices=list(CELLS), metavar="CELL",
-                        help=f"of {', '.join(CELLS)} (default: all; with --terms clean_all)")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=f"only these, of {', '.join(METHODS)}")
-    parser.add_argument("--workers", type=int, default=2, help="seeds at a time, a thread each")
-    args = parser.parse_args()
-    args.out = os.path.abspath(args.out)
-    if args.choose:
-        tried = [method for method in METHODS if METHODS[method][3] and method in (args.methods or METHODS)]
-        return choose(args.out, args.seeds or CHOOSING_SEEDS, args.workers, tried)
-    if args.terms:
-        for name in args.cells or ["clean_all"]:
-            print(f"\n## {name}\n")
-            terms(args.out, args.seeds or SEEDS, CELLS[name])
-        return
-    cells = {name: CELLS[name] | {"methods": [m for m in CELLS[name]["methods"] if m in (args.methods or METHODS)]}
-             for name in args.cells or CELLS}
-    runs = run(args.out, args.seeds or SEEDS, cells, {method: [METHODS[method][2]] for method in METHODS}, args.workers)
-    results = {name: judge(cells[name], {method: many for (method, _), many in runs[name].items()})
-               for name in tqdm(runs, "judging")}
-    report(args.out, results)
-    if all(name in runs for name in LENGTHS.values()) and len(args.seeds or SEEDS) > 1:
-        best_checkpoints(runs)
-    if not args.methods:
-        draw(args.out, results)
+def terms(name, seeds, homes):
+    """Prints what each term of Eq. 6 does on a cell's pairs: its gradient's norm on the LM's weights, and its
+    push on z_w and z_l (minus its derivative, mean over pairs). At SFT and at two readings of DRDO."""
+    transformers.logging.disable_progress_bar()
+    print(f"\n## {name}\n")
+    print_title("policy", "z_w, z_l", "term", "gradient norm", "push on z_w", "push on z_l")
+    for method in ("SFT", "DRDO (head)", "DRDO (logps)"):
+        figures, sizes = {}, []
+        for seed, home in zip(seeds, homes):
+            folder = policy_folder(home, CELLS[name], method)
+            _, _, data, rewards = places(home, CELLS[name])
+            for path in (folder, rewards):
+                if not os.path.exists(path):
+                    fail(f"{path}: it is not there; run lab.py --cells {name} --seeds {seed} without --terms")
+            lm, logps, losses = eq6_terms(folder, data, rewards, seed)
+            sizes.append(logps.mean(0).tolist())
+            for term, loss in losses.items():
+                gradient = torch.autograd.grad(loss.mean(), [*lm.base_model.parameters()], retain_graph=True)
+                pushes = torch.autograd.grad(loss.sum(), logps, retain_graph=True, allow_unused=True)[0]
+                pushes = [0.0, 0.0] if pushes is None else (-pushes.mean(0)).tolist()
+                norm = sum((g ** 2).sum() for g in gradient).sqrt().item()
+                figures.setdefault(term, []).append([norm, *pushes])
+        z = ", ".join(f"{z:.1f}" for z in np.mean(sizes, 0))
+        for term, by_seed in figures.items():
+            norm, push_w, push_l = np.mean(by_seed, 0)
+            print_row(method, z, term, f"{norm:.3g}", f"{push_w:+.2g}", f"{push_l:+.2g}")
+
+
+def eq6_terms(folder, data, rewards, seed, pairs=480):
+    """(lm, log pi(y|x) (pairs, 2), {term: its loss of each pair}) of a policy on a file's first pairs."""
+    tokenizer, lm = align.load_model(folder)
+    torch.manual_seed(seed)
+    head = align.reward_head(lm)
+    if os.path.exists(f"{folder}/score.safetensors"):  # the head that DRDO (head) has learned
+        head.weight.data = load_file(f"{folder}/score.safetensors")["score.weight"]
+    encoded = [(align.encode_prompt(tokenizer, row["prompt"]),
+                *(align.encode_response(tokenizer, row[key]) for key in ("chosen", "rejected")))
+               for row in read_rows(data)[:pairs]]
+    logps, student = align.PairModel(lm, head)(**align.collate(encoded, tokenizer.pad_token_id, "cpu"))
+    z_w, z_l = logps.unbind(1)
+    tokens_w, tokens_l = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in encoded]).T
+    saved = torch.load(rewards, weights_only=True)
+    std = (saved["chosen"] - saved["rejected"]).std()
+    oracle_w, oracle_l = saved["chosen"][0, :pairs], saved["rejected"][0, :pairs]
+    ratio_w, ratio_l = z_w - z_w.detach(), z_l - z_l.detach()  # the log ratios at their start: 0
+    focal = torch.sigmoid(z_l - z_w) ** 2
+    return lm, logps, {
+        "distillation, r^ the head": distillation_loss(*student.unbind(1), oracle_w, oracle_l),
+        "distillation, r^ = 0.03 log pi": distillation_loss(0.03 * z_w, 0.03 * z_l, oracle_w, oracle_l),
+        "distillation, r^ = 0.1 log ratio, at its start":
+            distillation_loss(0.1 * ratio_w, 0.1 * ratio_l, oracle_w, oracle_l),
+        "distillation, r^ = 0.03 log ratio, at its start, unit Oracle":
+            distillation_loss(0.03 * ratio_w, 0.03 * ratio_l, oracle_w / std, oracle_l / std),
+        "0.1 x contrastive, whole": 0.1 * contrastive_loss(z_w, z_l),
+        "... likelihood of y_w": -0.1 * focal.detach() * z_w,
+        "... log(1 - pi(y_l))": 0.1 * focal.detach() * log1mexp(z_l),
+        "... the focal factor's own gradient": -0.1 * focal * (z_w - log1mexp(z_l)).detach(),
+        "0.1 x contrastive, mean p_w": 0.1 * contrastive_loss(z_w, z_l, 2.0, z_w / tokens_w - z_l / tokens_l),
+        "DPO, beta 0.1, at its start": dpo_loss(z_w, z_l, z_w.detach(), z_l.detach())}
+
+
+def fail(message):
+    """Ends the program on bad input: one line on stderr, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

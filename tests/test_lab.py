@@ -1,10 +1,12 @@
 """The study's arithmetic (tests/lab.py): intervals, verdicts, and the sets it cuts."""
+import argparse
 import json
 import os
 
 import numpy as np
 import torch
 
+import align
 import lab
 import toy
 
@@ -49,16 +51,29 @@ def test_the_oracle_is_right_where_it_prefers_the_truly_better_response(tmp_path
     lab.true_rewards(data, path)
     assert lab.teacher(cell, tmp_path)[0] == 1
     saved = torch.load(path, weights_only=True)
-    labels = [np.sign(row["chosen_reward"] - row["rejected_reward"]) for row in rows]  # flips and ties among them
-    torch.save({**saved, "chosen": torch.ones(1, 200), "rejected": torch.zeros(1, 200)}, path)  # an Oracle that repeats the labels
+    # flips and ties are among them
+    labels = [np.sign(row["chosen_reward"] - row["rejected_reward"]) for row in rows]
+    # an Oracle that repeats the labels
+    repeats = {"chosen": torch.ones(1, 200), "rejected": torch.zeros(1, 200)}
+    torch.save({**saved, **repeats}, path)
     right, std = lab.teacher(cell, tmp_path)
     assert np.isclose(right, labels.count(1) / (labels.count(1) + labels.count(-1))) and std == 0
 
 
-def test_true_rewards_are_read_by_align(tmp_path):
-    import align
-    toy.write_jsonl(tmp_path / "pairs.jsonl", rows := toy.make_pairs(9, 3))
-    lab.true_rewards(tmp_path / "pairs.jsonl", tmp_path / "true.pt")
-    rewards = align.load_rewards(tmp_path / "true.pt", tmp_path / "pairs.jsonl", 9, "--oracle_rewards")
-    own = np.array([[[row["chosen_reward"], row["rejected_reward"]] for row in rows]], np.float32)
-    assert np.array_equal(rewards, own)
+def test_true_rewards_are_read_by_align(tmp_path, process_group):
+    rows, data, rewards = toy.make_pairs(9, 3), str(tmp_path / "pairs.jsonl"), str(tmp_path / "true.pt")
+    toy.write_jsonl(data, rows)
+    lab.true_rewards(data, rewards)
+    args = argparse.Namespace(loss="drdo", max_length=512)
+    pairs, oracle = align.load_split(data, rewards, toy.make_tokenizer(), args)
+    own = torch.tensor([[[row["chosen_reward"], row["rejected_reward"]] for row in rows]])
+    assert len(pairs) == 9 and torch.equal(oracle, own)
+
+
+def test_every_method_has_a_folder_of_its_own():
+    """Names hold spaces and parentheses, folders do not. One DPO serves every kind of Oracle."""
+    learned, true = lab.CELLS["grid_0.4_learned"], lab.CELLS["grid_0.4_true"]
+    folders = {lab.policy_folder("home", learned, method) for method in lab.METHODS}
+    assert len(folders) == len(lab.METHODS) and not any(set(folder) & set(" ()") for folder in folders)
+    assert lab.policy_folder("home", learned, "DPO") == lab.policy_folder("home", true, "DPO")
+    assert lab.policy_folder("home", learned, "DRDO (head)") != lab.policy_folder("home", true, "DRDO (head)")

@@ -84,6 +84,56 @@ SUBREDDITS = ["r/advice", "r/relationships", "r/offmychest", "r/legaladvice"]
 TAILS = ["", "and would like some advice", "and would like some help and some advice from the people here"]
 
 
+def parse_args():
+    formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
+    flag = parser.add_argument
+    flag("--out", default="out/toy", help="folder that everything goes into")
+    flag("--seed", type=int, default=0, help="of the data and of the LM")
+    flag("--pairs", type=int, default=2000, help="rows of comparisons.jsonl")
+    flag("--sft", type=int, default=1500, help="rows of sft.jsonl")
+    flag("--prompts", type=int, default=250, help="rows of test.jsonl and of articles.jsonl")
+    flag("--flip", type=float, default=0.0, help="share of labels to flip, 0 to 1")
+    flag("--steps", type=int, default=800, help="pretraining steps; 0: random weights")
+    flag("--hidden_size", type=int, default=64, help="of the LM, a multiple of 8")
+    flag("--layers", type=int, default=2, help="of the LM")
+    args = parser.parse_args()
+    if min(args.pairs, args.sft, args.prompts, args.layers) < 1 or args.steps < 0 or not 0 <= args.flip <= 1:
+        fail("--pairs, --sft, --prompts, --layers must be 1 or more, --steps 0 or more, --flip from 0 to 1")
+    if args.hidden_size < 8 or args.hidden_size % 8:
+        fail(f"--hidden_size {args.hidden_size}: give a multiple of 8")
+    return args
+
+
+def main():
+    args = parse_args()
+    try:
+        os.makedirs(f"{args.out}/raw", exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out}: cannot make the folder ({error}); name one that can be written")
+    files = {"comparisons": make_comparisons(args.pairs, args.seed, args.flip),
+             "sft": make_sft(args.sft, args.seed),
+             "test": make_posts(args.prompts, args.seed), "articles": make_articles(args.prompts, args.seed)}
+    for name, rows in files.items():
+        write_jsonl(f"{args.out}/raw/{name}.jsonl", rows)
+        print(f"wrote {args.out}/raw/{name}.jsonl, {len(rows)} rows")
+
+    import torch
+    torch.set_num_threads(1)  # the LM is too small to gain from more
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, args.seed, args.steps, args.hidden_size, args.layers)
+    base = f"{args.out}/base"
+    shutil.rmtree(f"{base}.partial", ignore_errors=True)
+    model.save_pretrained(f"{base}.partial")
+    tokenizer.save_pretrained(f"{base}.partial")
+    shutil.rmtree(base, ignore_errors=True)
+    os.replace(f"{base}.partial", base)
+    print(f"wrote {base}, {model.num_parameters():,} parameters, {len(tokenizer)} words")
+
+
+# ---- what is true ------------------------------------------------------------------------------------------
+
+
 def phrases(facts):
     """The parts of a summary of `facts` ({slot: value}, any subset), each a list of equally good phrases."""
     who = "a {job}" if "job" in facts else "someone"
@@ -132,6 +182,9 @@ def true_reward(row):
     illegal = sum(pair not in LEGAL for pair in bigrams(words))
     cut = not row.get("eos", True)
     return float(right - wrong - 0.5 * repeats - 0.1 * max(0, len(words) - 18) - 0.25 * illegal - cut)
+
+
+# ---- the documents and their summaries ---------------------------------------------------------------------
 
 
 def make_document(rng, article=False, facts=5, others=None, fillers=None):
@@ -209,6 +262,9 @@ def edit_plan(doc, plan, rng):
     return plan
 
 
+# ---- the data sets -----------------------------------------------------------------------------------------
+
+
 def draw_pairs(n, seed, flip):
     """n of (post, two texts, their true rewards, index of the preferred, confidence); some share a post."""
     rng, doc = random.Random(f"pairs {seed}"), None
@@ -255,21 +311,20 @@ def make_documents(kind, plan, n, seed, article=False):
 
 def make_sft(n, seed):
     """Rows prompt, label of CarperAI/openai_summarize_tldr: posts and writers' summaries of mixed quality."""
-    docs = make_documents("sft", writer_plan, n, seed)
-    return [{"prompt": doc["prompt"], "label": text} for doc, text in docs]
+    return [{"prompt": doc["prompt"], "label": text}
+            for doc, text in make_documents("sft", writer_plan, n, seed)]
 
 
 def make_posts(n, seed):
     """Rows prompt, label of the same schema: held-out posts and perfect summaries."""
-    docs = make_documents("posts", gold_plan, n, seed)
-    return [{"prompt": doc["prompt"], "label": text} for doc, text in docs]
+    return [{"prompt": doc["prompt"], "label": text}
+            for doc, text in make_documents("posts", gold_plan, n, seed)]
 
 
 def make_articles(n, seed):
     """Rows article, highlights, id of abisee/cnn_dailymail: articles and perfect highlights."""
-    docs = make_documents("articles", gold_plan, n, seed, article=True)
     return [{"article": doc["text"], "highlights": text, "id": hashlib.sha1(doc["text"].encode()).hexdigest()}
-            for doc, text in docs]
+            for doc, text in make_documents("articles", gold_plan, n, seed, article=True)]
 
 
 def write_jsonl(path, rows):
@@ -277,6 +332,9 @@ def write_jsonl(path, rows):
     with open(f"{path}.partial", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     os.replace(f"{path}.partial", path)
+
+
+# ---- the base LM -------------------------------------------------------------------------------------------
 
 
 def make_tokenizer():
@@ -295,15 +353,16 @@ def make_tokenizer():
                                    eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False)
 
 
-def make_model(tokenizer, seed=0, steps=0, batch_size=48, learning_rate=4e-3, hidden_size=64, num_hidden_layers=2):
+def make_model(tokenizer, seed=0, steps=0, hidden_size=64, layers=2, batch_size=48, learning_rate=4e-3):
     """The tiny Llama, fp32, after `steps` steps (0: random weights) on clean documents that grow longer."""
     import torch
     from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=num_hidden_layers,
-        num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=512,
+        tie_word_embeddings=True,
         initializer_range=0.1,  # from the usual 0.02 it does not learn to copy in the time it has
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
@@ -334,50 +393,9 @@ def make_model(tokenizer, seed=0, steps=0, batch_size=48, learning_rate=4e-3, hi
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+    """Ends the program on bad input: one line on stderr, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the docstring as it is written, and each flag's default."""
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--out", default="out/toy", help="folder that everything goes into")
-    parser.add_argument("--seed", type=int, default=0, help="of the data and of the LM")
-    parser.add_argument("--pairs", type=int, default=2000, help="rows of comparisons.jsonl")
-    parser.add_argument("--sft", type=int, default=1500, help="rows of sft.jsonl")
-    parser.add_argument("--prompts", type=int, default=250, help="rows of test.jsonl and of articles.jsonl")
-    parser.add_argument("--flip", type=float, default=0.0, help="share of labels to flip, 0 to 1")
-    parser.add_argument("--steps", type=int, default=800, help="pretraining steps (0: random weights)")
-    args = parser.parse_args()
-    if min(args.pairs, args.sft, args.prompts) < 1 or args.steps < 0 or not 0 <= args.flip <= 1:
-        fail("--pairs, --sft and --prompts must be 1 or more, --steps 0 or more, --flip between 0 and 1")
-
-    raw, base = os.path.join(args.out, "raw"), os.path.join(args.out, "base")
-    try:
-        os.makedirs(raw, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {args.out}: cannot make the folder ({error}); name one that can be written")
-    for name, rows in (("comparisons", make_comparisons(args.pairs, args.seed, args.flip)),
-                       ("sft", make_sft(args.sft, args.seed)), ("test", make_posts(args.prompts, args.seed)),
-                       ("articles", make_articles(args.prompts, args.seed))):
-        write_jsonl(os.path.join(raw, f"{name}.jsonl"), rows)
-        print(f"wrote {os.path.join(raw, name)}.jsonl, {len(rows)} rows")
-
-    import torch
-    torch.set_num_threads(1)  # the LM is too small to gain from more
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, args.seed, args.steps)
-    shutil.rmtree(f"{base}.partial", ignore_errors=True)
-    model.save_pretrained(f"{base}.partial")
-    tokenizer.save_pretrained(f"{base}.partial")
-    shutil.rmtree(base, ignore_errors=True)
-    os.replace(f"{base}.partial", base)
-    print(f"wrote {base}, {model.num_parameters():,} parameters, {len(tokenizer)} words")
 
 
 if __name__ == "__main__":
