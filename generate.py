@@ -2,15 +2,17 @@
 
 In:   a policy (out/drdo), a JSONL with `prompt` (a validation file, or a prompt set of splits.py)
 Out:  <model>/generations.jsonl, a row for each prompt and temperature, in prompt order: `prompt`, `response`,
-      `temperature`, `generator`, `tokens` (without EOS), `eos` (False where --max_new_tokens cut the response off),
-      and what the prompt's row carried, but for a pair's chosen and rejected
+      `temperature`, `generator`, `tokens` (without EOS), `eos` (False where --max_new_tokens cut the response
+      off), and what the prompt's row carried, but for a pair's chosen and rejected
 
     deepspeed generate.py
-    deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out out/dpo/cnn_dailymail.jsonl
-    deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      # greedy
+    deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out
+    out/dpo/cnn_dailymail.jsonl deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      #
+    greedy
 
-A prompt that stands in several rows is taken once. Batches hold prompts of similar length. Each draws from a seed of
-its own, so the number of processes does not change the text. The batch size and the list of temperatures do.
+A prompt that stands in several rows is taken once. Batches hold prompts of similar length. Each draws from a
+seed of its own, so the number of processes does not change the text. The batch size and the list of
+temperatures do.
 """
 import argparse
 import json
@@ -38,12 +40,12 @@ def parse_args():
     flag("--out", help="file to write (default: <model>/generations.jsonl)")
     flag("--generator", help="the policy's name in the output (default: --model)")
     flag = parser.add_argument_group("sampling").add_argument
-    flag("--temperature", type=float, nargs="+", default=[0.2, 0.5, 0.7, 0.9], help="each in turn; 0 is greedy")
-    flag("--top_p", type=float, default=0.8, help="nucleus: the likeliest tokens that hold this much probability")
+    flag("--temperature", type=float, nargs="+", default=[0.2, 0.5, 0.7, 0.9], help="each; 0 is greedy")
+    flag("--top_p", type=float, default=0.8, help="take the likeliest tokens that hold this probability")
     flag("--max_new_tokens", type=int, default=256, help="tokens after which a response is cut off")
     flag("--max_length", type=int, default=1024, help="drop prompts longer than this less --max_new_tokens")
     flag("--micro_batch_size", type=int, default=32, help="prompts a batch, on one process")
-    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     flag("--seed", type=int, default=0, help="of the sampling")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
@@ -74,8 +76,8 @@ def main():
     max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
     kept = [i for i, ids in enumerate(prompts) if len(ids) + args.max_new_tokens <= max_length]
     if not kept:
-        fail(f"{args.prompts}: every prompt and --max_new_tokens {args.max_new_tokens} have more than --max_length "
-             f"{max_length} tokens (or the model's positions); raise or lower them")
+        fail(f"{args.prompts}: no prompt fits with --max_new_tokens {args.max_new_tokens} in --max_length "
+             f"{max_length} tokens, or the model's positions; raise or lower them")
 
     # ---- batches by length, at each temperature; each process gets its share of every temperature
     kept.sort(key=lambda i: -len(prompts[i]))
@@ -83,7 +85,7 @@ def main():
     tasks = list(enumerate((temperature, batch) for batch in batches for temperature in args.temperature))
     tasks.sort(key=lambda task: task[1][0])
     written = []  # ((prompt, temperature), row)
-    for number, (temperature, batch) in tqdm(tasks[rank::world_size], f"generating, {args.generator}", disable=rank > 0):
+    for number, (temperature, batch) in tqdm(tasks[rank::world_size], args.generator, disable=rank > 0):
         torch.manual_seed(args.seed * 1_000_003 + number)
         results = generate(model, [prompts[i] for i in batch], temperature, args.top_p, args.max_new_tokens,
                            tokenizer.pad_token_id, ends, device)
@@ -92,7 +94,8 @@ def main():
             response = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if tokenizer.chat_template and isinstance(row["prompt"], str) and not row["prompt"][-1].isspace():
                 response = " " + response  # as in a preference file, where prompt + response is the text
-            row.update(response=response, temperature=temperature, generator=args.generator, tokens=len(ids), eos=ended)
+            row |= {"response": response, "temperature": temperature, "generator": args.generator,
+                    "tokens": len(ids), "eos": ended}
             written.append(((i, temperature), row))
 
     # ---- save
@@ -103,8 +106,8 @@ def main():
             for _, row in sorted(sum(parts, []), key=lambda item: item[0]):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         os.replace(args.out + ".partial", args.out)
-        print(f"{args.out}: {sum(map(len, parts))} responses to {len(kept)} prompts at temperature {args.temperature}; "
-              f"{len(rows) - len(kept)} prompts over --max_length {max_length} - {args.max_new_tokens} tokens dropped")
+        print(f"{args.out}: {sum(map(len, parts))} responses to {len(kept)} prompts; {len(rows) - len(kept)} "
+              f"prompts over --max_length {max_length} less --max_new_tokens {args.max_new_tokens} dropped")
     dist.destroy_process_group()
 
 
@@ -116,7 +119,7 @@ def load_model(folder, device, dtype):
                                                            output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
     ends = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig()  # else the model's own repetition penalty samples another policy
+    model.generation_config = GenerationConfig()  # a repetition penalty there would sample another policy
     return model.to(device).eval(), set(ends if isinstance(ends, list) else [ends]) - {None}
 
 
@@ -130,20 +133,20 @@ def generate(model, prompts, temperature, top_p, max_new_tokens, pad_token_id, e
     sampling = {"do_sample": temperature > 0}
     if temperature:
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, eos_token_id=sorted(ends),
-                              **sampling)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad_token_id,
+                              eos_token_id=sorted(ends), **sampling)
     output = model.generate(input_ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
     stops = [next((i for i, token in enumerate(ids) if token in ends), None) for ids in output]
     return [(ids[:stop], stop is not None) for ids, stop in zip(output, stops)]
 
 
-# ---- copies: the stages share what follows to the letter (tests/test_copies.py) --------------------------
+# ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
 
 
 def fail(message):
     """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 
@@ -219,7 +222,7 @@ def read_jsonl(path, *keys):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write JSON objects with {', '.join(keys)}, as splits.py does")
+        fail(f"{path}, line {number}: {error!r:.100}; write rows with {', '.join(keys)}, as splits.py does")
     if not number:
         fail(f"{path}: it holds no rows")
 

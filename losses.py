@@ -25,7 +25,7 @@ def upcast(*tensors):
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
-# ---- losses ----------------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------------------
 
 
 def oracle_loss(chosen_rewards, rejected_rewards, chosen_logps, alpha=0.01):
@@ -150,7 +150,7 @@ def log1mexp(x):
     return torch.where(x > -0.6931, near_zero, far)
 
 
-# ---- readouts of the last hidden state -------------------------------------------------------------------
+# ---- readouts of the last hidden state ---------------------------------------------------------------------
 
 
 def response_logps(hidden, lm_head, input_ids, segments, num_responses=2, max_logits=2**26):
@@ -158,7 +158,9 @@ def response_logps(hidden, lm_head, input_ids, segments, num_responses=2, max_lo
 
     A row is a prompt without its last token, then one segment for each response. A segment is a copy of the
     prompt's last token, then the response. So the hidden state on the left of a token predicts it, also where
-    a response begins. The copies themselves are not scored.
+    a response begins. The copies themselves are not scored. `hidden` must come from a forward pass in which a
+    response sees the prompt and itself alone, and a copy has the position of what it copies: see collate and
+    pair_mask in align.py.
 
     Only positions that predict a response token meet the vocabulary. More than `max_logits` logits (2^26: 256
     MiB in fp32) are made in chunks, and again in the backward pass. Then memory does not grow with tokens x

@@ -4,14 +4,15 @@ In:   a causal LM, data/all/train.jsonl (prompt, chosen, rejected)
 Out:  out/oracle/: model and tokenizer (the head inside, as score.weight), args.json, log.jsonl, checkpoint/
 
     deepspeed oracle.py                                              # the Oracle: alpha 0.01
-    for k in 1 2 3; do deepspeed oracle.py --alpha 0 --seed $k --out out/reward_model_$k; done   # e-DPO's, Eq. 2
-    deepspeed --num_gpus 2 oracle.py --model facebook/opt-1.3b --gradient_checkpointing
+    for k in 1 2 3; do deepspeed oracle.py --alpha 0 --seed $k --out out/reward_model_$k; done   # e-DPO's,
+    Eq. 2 deepspeed --num_gpus 2 oracle.py --model facebook/opt-1.3b --gradient_checkpointing
 
 The way of one pair: read_jsonl -> read_pairs (encode_prompt, encode_response) -> collate -> PairModel
 (pair_mask, response_logps, last_token_rewards) -> loss_and_metrics (losses.py) -> engine.backward and step.
 
 The folder loads as AutoModelForCausalLM and as AutoModelForSequenceClassification, with equal rewards. The
-reward is read at EOS. The seed draws the head and the order of the data: an ensemble's members differ in both.
+reward is read at EOS. The seed draws the head and the order of the data: an ensemble's members differ in
+both.
 
 Where the paper leaves a choice: the LM term log(y_w) is summed over the response's tokens, as Eq. 5 prints
 it (--lm_term mean averages it). The model starts from the SFT policy. The head is drawn from N(0, 1/(H+1)).
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -64,7 +66,7 @@ def parse_args():
     flag("--max_steps", type=int, help="optimizer steps (default: what --epochs takes)")
     flag("--epochs", type=float, help="passes over the data, in place of --max_steps (default: 1)")
     flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
-    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, offloading, gradient clipping")
     flag = parser.add_argument_group("logging and checkpoints").add_argument
     flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
@@ -95,7 +97,7 @@ def main():
     if args.eval_data:
         eval_pairs, _ = read_pairs(args.eval_data, tokenizer, args.max_length, args.eval_rows)
     row_tokens = np.array([sum(map(len, pair)) for pair in pairs])  # (N,)
-    chosen_tokens, eval_chosen_tokens = (  # (N,), EOS included
+    chosen_tokens, eval_tokens = (  # (N,) each, EOS included
         torch.tensor([len(chosen) for _, chosen, _ in split]) for split in (pairs, eval_pairs))
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
     max_steps = len(steps)
@@ -105,7 +107,7 @@ def main():
     lm.config.num_labels = 1
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = PairModel(lm, lm.score, autocast=device.type == "cpu" and args.dtype == "bf16")
+    model = PairModel(lm, lm.score, bf16=args.dtype == "bf16")
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
     groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}
@@ -135,14 +137,14 @@ def main():
         tokens += row_tokens[rows].sum()
 
         log_steps, eval_steps, save_steps = args.log_steps, args.eval_steps, args.save_steps or math.inf
-        if step in (1, max_steps) or 0 in (step % log_steps, step % eval_steps, step % save_steps):
+        if step in (1, max_steps) or any(step % n == 0 for n in (log_steps, eval_steps, save_steps)):
             log(args, step, window, engine, epoch=step * args.batch_size / len(pairs),
                 learning_rate=learning_rate, tokens_per_second=tokens / (time.time() - start))
             if eval_pairs and (step % eval_steps == 0 or step == max_steps):
-                scores = score_all(model, eval_pairs, args, to_batch, "evaluating")
-                log(args, step, [loss_and_metrics(args, *scores, eval_chosen_tokens)[1]], prefix="eval_")
+                logps, rewards = score_all(model, eval_pairs, args, to_batch, "evaluating")
+                log(args, step, [loss_and_metrics(args, logps, rewards, eval_tokens)[1]], prefix="eval_")
             if step % save_steps == 0:
-                save_checkpoint(engine, args, state | {"step": step})
+                save_checkpoint(engine, args, {"run": state["run"], "step": step})
             window, tokens, start = [], 0, time.time()
     save_model(lm, tokenizer, args)
     dist.destroy_process_group()
@@ -166,62 +168,66 @@ def loss_and_metrics(args, logps, rewards, chosen_tokens):
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-# ---- copies: the stages share what follows to the letter (tests/test_copies.py) --------------------------
+# ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
 
 
 class PairModel(torch.nn.Module):
     """A causal LM, with a reward head or without, that scores both responses of a pair in one row.
 
-    On a GPU DeepSpeed casts the weights to bf16. On a CPU they stay fp32, and `autocast` multiplies in bf16. It is
-    entered in each forward pass: autocast caches the bf16 weights until it is left, so one block around the run would
-    compute every step with the first weights. Log-probs and rewards are fp32 always.
+    In bf16 DeepSpeed casts the weights on a GPU. On a CPU they stay fp32, and autocast multiplies in bf16. It
+    is entered anew in each forward pass: it caches the bf16 weights until it is left, so one block around the
+    run would compute every step with the first weights. Log-probs and rewards are fp32 always.
     """
 
-    def __init__(self, lm, score=None, autocast=False):
+    def __init__(self, lm, score=None, bf16=False):
         super().__init__()
-        self.lm, self.score = lm, score
-        self.autocast = functools.partial(torch.autocast, lm.device.type, torch.bfloat16, enabled=autocast)
+        self.lm, self.score, self.bf16 = lm, score, bf16
 
-    def forward(self, input_ids, position_ids, segments, last, num_logps=2):
+    def autocast(self):
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.lm.device.type == "cpu")
+
+    def forward(self, input_ids, position_ids, segments, eos_positions, num_logps=2):
         """(logps, rewards) of (chosen, rejected), (B, 2) each; rewards is None without a head. With num_logps
         1 logps are of the chosen response alone, (B, 1); with 0 of none, (B, 0)."""
         with self.autocast():
-            dtype = torch.bfloat16 if self.autocast.keywords["enabled"] else self.lm.dtype
-            hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
-                                        attention_mask=pair_mask(segments, dtype)).last_hidden_state  # (B, T, H)
+            mask = pair_mask(segments, torch.bfloat16 if self.bf16 else self.lm.dtype)
+            hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
+                                        use_cache=False).last_hidden_state  # (B, T, H)
             logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_logps)
-        return logps, last_token_rewards(hidden, self.score.weight, last) if self.score else None
+        return logps, last_token_rewards(hidden, self.score.weight, eos_positions) if self.score else None
 
 
 def collate(pairs, pad_token_id, device):
-    """A batch of rows [prompt less its last token | last + chosen | last + rejected], padded right.
+    """A batch of rows [prompt less its last token | copy + chosen | copy + rejected], padded right.
 
-    `last + chosen`: each response starts with a copy of the prompt's last token, at that token's position. So
-    every token is predicted by its left neighbour, and the rejected response continues the prompt. Returns
-    integer tensors: input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding), (B, T);
-    `last`, the positions of the two EOS, (B, 2). A reward is read at EOS.
+    `copy` is the prompt's last token. Each response starts with it, at that token's position in the prompt.
+    So every token is predicted by its left neighbour, and the rejected response continues the prompt, too.
+    Returns integer tensors: input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding),
+    (B, T); and eos_positions of (chosen, rejected), where the rewards are read, (B, 2).
     """
     width = 1 + max(sum(map(len, pair)) for pair in pairs)
-    shape = len(pairs), width + -width % (8 if str(device)[:4] == "cuda" else 1)  # GPUs are faster at multiples of 8
+    shape = len(pairs), width + -width % (8 if str(device)[:4] == "cuda" else 1)  # GPUs like multiples of 8
     input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
-    position_ids, last = np.zeros(shape, int), np.zeros((len(pairs), 2), int)
+    position_ids, eos_positions = np.zeros(shape, int), np.zeros((len(pairs), 2), int)
     for i, (prompt, chosen, rejected) in enumerate(pairs):
         p, c, r = len(prompt) - 1, len(chosen) + 1, len(rejected) + 1
         input_ids[i, :p + c + r] = np.concatenate([prompt, chosen, prompt[-1:], rejected])
         position_ids[i, :p + c + r] = np.concatenate([np.arange(p + c), np.arange(p, p + r)])
         segments[i, :p + c + r] = np.repeat([0, 1, 2], [p, c, r])
-        last[i] = p + c - 1, p + c + r - 1
-    batch = {"input_ids": input_ids, "position_ids": position_ids, "segments": segments, "last": last}
+        eos_positions[i] = p + c - 1, p + c + r - 1
+    batch = {"input_ids": input_ids, "position_ids": position_ids, "segments": segments,
+             "eos_positions": eos_positions}
     return {name: torch.as_tensor(array, device=device) for name, array in batch.items()}
 
 
 def pair_mask(segments, dtype):
-    """Attention mask (B, 1, T, T), 0 where the query (row) sees the key (column), else the dtype's minimum. It is
-    causal, and a response sees the prompt and itself. Padding sees padding: a query without a key gives NaN."""
+    """Attention mask (B, 1, T, T), 0 where the query (row) sees the key (column), else the dtype's minimum.
+    It is causal, and a response sees the prompt and itself. Padding sees padding: a query without a key gives
+    NaN."""
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     query, key = segments[:, :, None], segments[:, None, :]
-    hidden = ~(causal & ((key == 0) | (key == query)))[:, None]
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
+    blocked = ~(causal & ((key == 0) | (key == query)))[:, None]
+    return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
 
 
 @torch.no_grad()
@@ -234,11 +240,11 @@ def check_layout(model, pair, to_batch, args):
         with model.autocast():
             logits = model.lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
         own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
-        # bf16 keeps 8 bits: a token's log-prob is off by some hundredths, and chance adds them up
-        tolerance = 0.5 + 0.05 * len(response) if args.dtype == "bf16" else 0.001 * len(response)
+        # bf16 keeps 8 bits. Its errors are random, so their sum grows as the root of the number of tokens
+        tolerance = 0.5 + 0.5 * len(response) ** 0.5 if args.dtype == "bf16" else 0.001 * len(response)
         if not abs(own - logp) <= tolerance:  # NaN too
-            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward and "
-                 f"{logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
+            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward "
+                 f"and {logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
 
 
 def reward_head(lm):
@@ -276,7 +282,7 @@ def read_pairs(path, tokenizer, max_length, limit=0):
             pairs.append([np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)])
             rows.append(number - 1)
     if not pairs:
-        fail(f"{path}: all {number} pairs have over --max_length {max_length} tokens, or model positions")
+        fail(f"{path}: no pair fits in --max_length {max_length} tokens, or the model's positions; raise it")
     if dist.get_rank() == 0:
         print(f"{path}: {len(pairs)} pairs, {number - len(pairs)} over --max_length {max_length} dropped")
     return pairs, np.array(rows)
@@ -330,16 +336,16 @@ def deepspeed_config(args, device, optimizer):
 
 
 def start_run(engine, args):
-    """What a checkpoint keeps beside weights and optimizer: the run's flags and files, step, and log's size.
-
-    --resume loads the newest checkpoint and cuts log.jsonl off where that was written. It refuses other data,
-    another number of processes, and other flags but for `may_change`. Without it a checkpoint is refused.
+    """The step to start from, what the run is (its flags and files), and with --resume what the newest
+    checkpoint keeps beside weights and optimizer. --resume refuses other files, another number of processes,
+    and other flags but for `may_change`. Without it a folder with a checkpoint is refused; what a finished
+    run left is replaced.
     """
     may_change = ["resume", "local_rank", "log_steps", "eval_steps", "save_steps", "micro_batch_size",
-                  "gradient_checkpointing"]
-    paths = {vars(args).get(name) for name in ("data", "eval_data", "oracle_rewards", "eval_oracle_rewards")}
-    files = {path: sha256(path) for path in paths if path}
-    run = vars(args) | {"processes": dist.get_world_size(), "sha256": files}
+                  "gradient_checkpointing", "out"]
+    names = ["data", "eval_data", "oracle_rewards", "eval_oracle_rewards", "deepspeed_config"]
+    files = {f"sha256 of {path}": sha256(path) for path in map(vars(args).get, names) if path}
+    run = vars(args) | {"processes": dist.get_world_size()} | files
     state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
     saved = sorted(glob.glob("step*", root_dir=folder), key=lambda name: int(name[4:]))
     if bool(saved) != args.resume:
@@ -347,11 +353,13 @@ def start_run(engine, args):
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
         with reading(f"--resume: {folder}/{saved[-1]}", "delete it to start anew"):
-            state = engine.load_checkpoint(folder, tag=saved[-1])[1]
-            before = state["run"]
-        for name, value in run.items():
-            if name not in may_change and value != before[name]:
-                fail(f"--resume: {name} was {before[name]} and is now {value}; go on as the run began")
+            with open(f"{folder}/{saved[-1]}/state.json") as file:
+                state = json.load(file)
+            for name, value in run.items():
+                before = state["run"].get(name)
+                if name not in may_change and value != before:
+                    fail(f"--resume: {name} was {before} and is now {value}; go on as the run began")
+            state |= engine.load_checkpoint(folder, tag=saved[-1])[1]
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
         versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
@@ -395,23 +403,30 @@ def log(args, step, window, engine=None, prefix="", **figures):
         tqdm.write(f"step {step}: " + ", ".join(f"{n} {means[n]:.4g}" for n in means if n.endswith(shown)))
 
 
-def save_checkpoint(engine, args, state):
+def save_checkpoint(engine, args, state, **tensors):
     """Writes <out>/checkpoint/step<k> whole or not at all, then deletes the one before it."""
-    folder, state["log_size"] = f"{args.out}/checkpoint", os.path.getsize(f"{args.out}/log.jsonl")
-    engine.save_checkpoint(folder, tag="partial", client_state=state, save_latest=False)
+    folder = f"{args.out}/checkpoint"
+    engine.save_checkpoint(folder, tag="partial", client_state=tensors, save_latest=False)
     if dist.get_rank() == 0:
+        with open(f"{folder}/partial/state.json", "w") as file:
+            json.dump(state | {"log_size": os.path.getsize(f"{args.out}/log.jsonl")}, file)
         before = glob.glob(f"{folder}/step*")
         os.replace(f"{folder}/partial", f"{folder}/step{state['step']}")
         for path in before:
             shutil.rmtree(path)
 
 
-def save_model(lm, tokenizer, args):
-    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes."""
+def save_model(lm, tokenizer, args, head=None):
+    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes. A policy's reward
+    head lies beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
     if dist.get_rank() == 0:
         partial = f"{args.out}/partial"
         lm.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if head:
+            save_file({"score.weight": head.weight.data}, f"{partial}/score.safetensors")
+        elif os.path.exists(f"{args.out}/score.safetensors"):  # an older run's
+            os.remove(f"{args.out}/score.safetensors")
         for name in os.listdir(partial):
             os.replace(f"{partial}/{name}", f"{args.out}/{name}")
         os.rmdir(partial)
@@ -422,7 +437,7 @@ def save_model(lm, tokenizer, args):
 def fail(message):
     """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 
@@ -496,7 +511,7 @@ def read_jsonl(path, *keys):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write JSON objects with {', '.join(keys)}, as splits.py does")
+        fail(f"{path}, line {number}: {error!r:.100}; write rows with {', '.join(keys)}, as splits.py does")
     if not number:
         fail(f"{path}: it holds no rows")
 

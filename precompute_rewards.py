@@ -1,18 +1,21 @@
 """Scores responses with one Oracle or K of them, once: the only program that scores anything.
 
-In:   reward models (out/oracle), and a JSONL of prompt + chosen + rejected, or of prompt + response (generations)
-Out:  rewards.pt: a dict that torch.load(weights_only=True) reads, of float32 tensors (K, N), K oracles by N rows in
+In:   reward models (out/oracle), and a JSONL of prompt + chosen + rejected, or of prompt + response
+(generations) Out:  rewards.pt: a dict that torch.load(weights_only=True) reads, of float32 tensors (K, N), K
+oracles by N rows in
       file order, NaN where a row has over --max_length tokens: `chosen` and `rejected`, or `response` (and
       `reference`, where rows carry one); `oracles`, the K folders; `data_sha256`, the scored file's.
 
-    deepspeed precompute_rewards.py                                                     # for align.py --loss drdo
-    deepspeed precompute_rewards.py --oracle out/reward_model_{1,2,3} --out ensemble.pt   # for align.py --loss edpo
-    deepspeed precompute_rewards.py --data out/drdo/generations.jsonl --out out/drdo/rewards.pt     # for evaluate.py
-    deepspeed --num_gpus 2 precompute_rewards.py --oracle Skywork/Skywork-Reward-V2-Llama-3.2-1B
+    deepspeed precompute_rewards.py                                                     # for align.py --loss
+    drdo deepspeed precompute_rewards.py --oracle out/reward_model_{1,2,3} --out ensemble.pt   # for align.py
+    --loss edpo deepspeed precompute_rewards.py --data out/drdo/generations.jsonl --out out/drdo/rewards.pt
+    # for evaluate.py deepspeed --num_gpus 2 precompute_rewards.py --oracle
+    Skywork/Skywork-Reward-V2-Llama-3.2-1B
 
-Any AutoModelForSequenceClassification with one label and a linear head `score` serves as an Oracle. Its reward is
-read at the response's EOS. A text that stands in several rows is scored once. Texts are sorted by length and shared
-out among the processes. Neither their number nor the batch size changes a reward beyond float rounding.
+Any AutoModelForSequenceClassification with one label and a linear head `score` serves as an Oracle. Its
+reward is read at the response's EOS. A text that stands in several rows is scored once. Texts are sorted by
+length and shared out among the processes. Neither their number nor the batch size changes a reward beyond
+float rounding.
 """
 import argparse
 import functools
@@ -57,7 +60,7 @@ def main():
     args = parse_args()
     device, rank, _ = init_process(args)
 
-    # ---- each text once: {(prompt as JSON, response): its number}, and by column the number of each row's text, or -1
+    # ---- texts, {(prompt as JSON, response): its number}; numbers, by column that of each row's text, or -1
     first = next(read_jsonl(args.data, "prompt"))
     keys = ["response"] if "response" in first and "chosen" not in first else ["chosen", "rejected"]
     texts, numbers = {}, {key: [] for key in (*keys, "reference")}
@@ -73,16 +76,16 @@ def main():
     for folder in args.oracle:
         tokenizer = load_tokenizer(folder)
         model = load_oracle(folder, device, args.dtype)
-        encode = functools.cache(lambda prompt: np.array(encode_prompt(tokenizer, json.loads(prompt)), dtype=np.int32))
-        ids = [np.append(encode(prompt), np.array(encode_response(tokenizer, response), dtype=np.int32))
+        encode = functools.cache(lambda prompt: encode_prompt(tokenizer, json.loads(prompt)))
+        ids = [np.array(encode(prompt) + encode_response(tokenizer, response), dtype=np.int32)
                for prompt, response in tqdm(texts, "tokenising", disable=rank > 0)]
         max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
         fits = [i for i, text in enumerate(ids) if len(text) <= max_length]
         if not fits:
-            fail(f"{args.data}: all rows have more than --max_length {max_length} tokens (or the model's positions); "
-                 "raise it")
+            fail(f"{args.data}: no row fits in --max_length {max_length} tokens, or the model's positions; raise it")
         scores = torch.full((len(texts) + 1,), math.nan)  # the last is the reward of no text, number -1
-        scores[fits] = score(model, [ids[i] for i in fits], tokenizer.pad_token_id, args.micro_batch_size, device, folder)
+        scores[fits] = score(model, [ids[i] for i in fits], tokenizer.pad_token_id, args.micro_batch_size,
+                             device, folder)
         if scores[fits].isnan().any():
             fail(f"--oracle {folder}: its rewards are NaN; train it again with a lower --learning_rate")
         for key, column in numbers.items():
@@ -92,18 +95,18 @@ def main():
     # ---- save and report
     rewards = {key: torch.stack(columns) for key, columns in rewards.items()}  # (K, N)
     if rank == 0:
-        torch.save({**rewards, "oracles": args.oracle, "data_sha256": sha256(args.data)}, args.out + ".partial")
+        torch.save(rewards | {"oracles": args.oracle, "data_sha256": sha256(args.data)}, args.out + ".partial")
         os.replace(args.out + ".partial", args.out)
         scored = torch.stack([rewards[key] for key in keys]).isfinite().all(0).all(0)  # (N,)
-        print(f"{args.out}: rewards of {len(scored)} rows by {len(args.oracle)} oracles, {int((~scored).sum())} rows over "
-              f"--max_length {args.max_length} tokens, or the model's positions (NaN)")
+        print(f"{args.out}: rewards of {len(scored)} rows by {len(args.oracle)} oracles; NaN for "
+              f"{int((~scored).sum())} rows over --max_length {args.max_length} tokens, or the model's positions")
         for k, folder in enumerate(args.oracle):
+            figures = [f"mean {key} reward {column[k].nanmean():.3f}" for key, column in rewards.items()]
             if keys[0] == "chosen":
                 margins = (rewards["chosen"] - rewards["rejected"])[k, scored]
-                print(f"  {folder}: chosen above rejected in {(margins > 0).float().mean():.3f} of pairs, margin "
-                      f"{margins.mean():.3f} (std {margins.std():.3f})")
-            else:
-                print(f"  {folder}: mean reward " + ", ".join(f"{rewards[key][k].nanmean():.3f} ({key})" for key in rewards))
+                figures = [f"chosen above rejected in {(margins > 0).float().mean():.3f} of pairs",
+                           f"margin {margins.mean():.3f} (std {margins.std():.3f})"]
+            print(f"  {folder}: {', '.join(figures)}")
     dist.destroy_process_group()
 
 
@@ -120,29 +123,31 @@ def load_oracle(folder, device, dtype):
 
 @torch.no_grad()
 def score(model, texts, pad_token_id, micro_batch_size, device, description):
-    """Rewards of texts, lists of token ids, (len(texts),) on the CPU: sorted by length, shared out among processes."""
+    """Rewards of texts, lists of token ids, (len(texts),) on the CPU: sorted by length, shared out among
+    processes."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     rewards = torch.zeros(len(texts), device=device)
     order = np.argsort([-len(ids) for ids in texts], kind="stable")
     micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
     for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0):
-        input_ids = np.full((len(micro), len(texts[micro[0]])), pad_token_id)  # (B, T), padded right: no mask needed
+        input_ids = np.full((len(micro), len(texts[micro[0]])), pad_token_id)  # (B, T), padded right
         for row, i in enumerate(micro):
             input_ids[row, :len(texts[i])] = texts[i]
         last = torch.tensor([[len(texts[i]) - 1] for i in micro], device=device)  # (B, 1)
-        hidden = model.base_model(torch.as_tensor(input_ids, device=device), use_cache=False).last_hidden_state
+        input_ids = torch.as_tensor(input_ids, device=device)
+        hidden = model.base_model(input_ids, use_cache=False).last_hidden_state  # causal: needs no mask
         rewards[micro] = last_token_rewards(hidden, model.score.weight, last)[:, 0].float()
     dist.all_reduce(rewards)
     return rewards.cpu()
 
 
-# ---- copies: the stages share what follows to the letter (tests/test_copies.py) --------------------------
+# ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
 
 
 def fail(message):
     """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 
@@ -224,7 +229,7 @@ def read_jsonl(path, *keys):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write JSON objects with {', '.join(keys)}, as splits.py does")
+        fail(f"{path}, line {number}: {error!r:.100}; write rows with {', '.join(keys)}, as splits.py does")
     if not number:
         fail(f"{path}: it holds no rows")
 

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -55,7 +56,7 @@ def parse_args():
     flag("--max_steps", type=int, help="optimizer steps (default: what --epochs takes)")
     flag("--epochs", type=float, help="passes over the data, in place of --max_steps (default: 1)")
     flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
-    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, offloading, gradient clipping")
     flag = parser.add_argument_group("logging and checkpoints").add_argument
     flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
@@ -74,7 +75,6 @@ def parse_args():
 def main():
     args = parse_args()
     device, rank, world_size = init_process(args)
-    torch.manual_seed(args.seed)
 
     # ---- model and data
     tokenizer, lm = load_model(args.model)
@@ -91,7 +91,7 @@ def main():
     # ---- model, optimizer, engine
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = ResponseModel(lm, autocast=device.type == "cpu" and args.dtype == "bf16")
+    model = ResponseModel(lm, bf16=args.dtype == "bf16")
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
     groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}
@@ -121,36 +121,36 @@ def main():
         targets += int(response_tokens[rows].sum())
 
         log_steps, eval_steps, save_steps = args.log_steps, args.eval_steps, args.save_steps or math.inf
-        if step in (1, max_steps) or 0 in (step % log_steps, step % eval_steps, step % save_steps):
+        if step in (1, max_steps) or any(step % n == 0 for n in (log_steps, eval_steps, save_steps)):
             dist.all_reduce(nll)
             log(args, step, [{"loss": nll / targets}], engine, epoch=step * args.batch_size / len(examples),
                 learning_rate=learning_rate, tokens_per_second=tokens / (time.time() - start))
             if eval_examples and (step % eval_steps == 0 or step == max_steps):
                 log(args, step, [{"loss": mean_nll(model, eval_examples, args, to_batch)}], prefix="eval_")
             if step % save_steps == 0:
-                save_checkpoint(engine, args, state | {"step": step})
+                save_checkpoint(engine, args, {"run": state["run"], "step": step})
             nll, tokens, targets, start = torch.zeros(1, device=device), 0, 0, time.time()
     save_model(lm, tokenizer, args)
     dist.destroy_process_group()
 
 
 class ResponseModel(torch.nn.Module):
-    """A causal LM that returns log pi(y|x) of its rows' responses, (B,), in fp32. For `autocast` see align.py."""
+    """A causal LM that returns log pi(y|x) of its rows' responses, (B,), in fp32. For autocast see
+    align.py."""
 
-    def __init__(self, lm, autocast=False):
+    def __init__(self, lm, bf16=False):
         super().__init__()
-        self.lm = lm
-        self.autocast = functools.partial(torch.autocast, lm.device.type, torch.bfloat16, enabled=autocast)
+        self.lm, self.bf16 = lm, bf16
 
     def forward(self, input_ids, segments):
-        with self.autocast():
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.lm.device.type == "cpu"):
             hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
             return response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, 1)[:, 0]
 
 
 def collate(examples, pad_token_id, device):
-    """A batch of rows [prompt | response], padded right: input_ids and segments, (B, T) each. The prompt's last
-    token belongs to segment 1: it predicts the response's first token (losses.response_logps)."""
+    """A batch of rows [prompt | response], padded right: input_ids and segments, (B, T) each. The prompt's
+    last token belongs to segment 1: it predicts the response's first token (losses.response_logps)."""
     shape = len(examples), max(sum(map(len, example)) for example in examples)
     input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
     for i, (prompt, response) in enumerate(examples):
@@ -184,13 +184,13 @@ def read_examples(path, tokenizer, max_length, limit=0):
         if len(prompt) + len(response) <= max_length:
             examples.append([np.array(ids, dtype=np.int32) for ids in (prompt, response)])
     if not examples:
-        fail(f"{path}: all {number} rows have over --max_length {max_length} tokens, or model positions; raise it")
+        fail(f"{path}: all {number} rows have over --max_length {max_length} tokens; raise it")
     if dist.get_rank() == 0:
-        print(f"{path}: {len(examples)} rows, {number - len(examples)} over --max_length {max_length} dropped")
+        print(f"{path}: {len(examples)} rows, {number - len(examples)} over --max_length dropped")
     return examples
 
 
-# ---- copies: the stages share what follows to the letter (tests/test_copies.py) --------------------------
+# ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
 
 
 def plan_steps(row_tokens, args):
@@ -241,16 +241,16 @@ def deepspeed_config(args, device, optimizer):
 
 
 def start_run(engine, args):
-    """What a checkpoint keeps beside weights and optimizer: the run's flags and files, step, and log's size.
-
-    --resume loads the newest checkpoint and cuts log.jsonl off where that was written. It refuses other data,
-    another number of processes, and other flags but for `may_change`. Without it a checkpoint is refused.
+    """The step to start from, what the run is (its flags and files), and with --resume what the newest
+    checkpoint keeps beside weights and optimizer. --resume refuses other files, another number of processes,
+    and other flags but for `may_change`. Without it a folder with a checkpoint is refused; what a finished
+    run left is replaced.
     """
     may_change = ["resume", "local_rank", "log_steps", "eval_steps", "save_steps", "micro_batch_size",
-                  "gradient_checkpointing"]
-    paths = {vars(args).get(name) for name in ("data", "eval_data", "oracle_rewards", "eval_oracle_rewards")}
-    files = {path: sha256(path) for path in paths if path}
-    run = vars(args) | {"processes": dist.get_world_size(), "sha256": files}
+                  "gradient_checkpointing", "out"]
+    names = ["data", "eval_data", "oracle_rewards", "eval_oracle_rewards", "deepspeed_config"]
+    files = {f"sha256 of {path}": sha256(path) for path in map(vars(args).get, names) if path}
+    run = vars(args) | {"processes": dist.get_world_size()} | files
     state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
     saved = sorted(glob.glob("step*", root_dir=folder), key=lambda name: int(name[4:]))
     if bool(saved) != args.resume:
@@ -258,11 +258,13 @@ def start_run(engine, args):
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
         with reading(f"--resume: {folder}/{saved[-1]}", "delete it to start anew"):
-            state = engine.load_checkpoint(folder, tag=saved[-1])[1]
-            before = state["run"]
-        for name, value in run.items():
-            if name not in may_change and value != before[name]:
-                fail(f"--resume: {name} was {before[name]} and is now {value}; go on as the run began")
+            with open(f"{folder}/{saved[-1]}/state.json") as file:
+                state = json.load(file)
+            for name, value in run.items():
+                before = state["run"].get(name)
+                if name not in may_change and value != before:
+                    fail(f"--resume: {name} was {before} and is now {value}; go on as the run began")
+            state |= engine.load_checkpoint(folder, tag=saved[-1])[1]
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
         versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
@@ -306,23 +308,30 @@ def log(args, step, window, engine=None, prefix="", **figures):
         tqdm.write(f"step {step}: " + ", ".join(f"{n} {means[n]:.4g}" for n in means if n.endswith(shown)))
 
 
-def save_checkpoint(engine, args, state):
+def save_checkpoint(engine, args, state, **tensors):
     """Writes <out>/checkpoint/step<k> whole or not at all, then deletes the one before it."""
-    folder, state["log_size"] = f"{args.out}/checkpoint", os.path.getsize(f"{args.out}/log.jsonl")
-    engine.save_checkpoint(folder, tag="partial", client_state=state, save_latest=False)
+    folder = f"{args.out}/checkpoint"
+    engine.save_checkpoint(folder, tag="partial", client_state=tensors, save_latest=False)
     if dist.get_rank() == 0:
+        with open(f"{folder}/partial/state.json", "w") as file:
+            json.dump(state | {"log_size": os.path.getsize(f"{args.out}/log.jsonl")}, file)
         before = glob.glob(f"{folder}/step*")
         os.replace(f"{folder}/partial", f"{folder}/step{state['step']}")
         for path in before:
             shutil.rmtree(path)
 
 
-def save_model(lm, tokenizer, args):
-    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes."""
+def save_model(lm, tokenizer, args, head=None):
+    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes. A policy's reward
+    head lies beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
     if dist.get_rank() == 0:
         partial = f"{args.out}/partial"
         lm.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if head:
+            save_file({"score.weight": head.weight.data}, f"{partial}/score.safetensors")
+        elif os.path.exists(f"{args.out}/score.safetensors"):  # an older run's
+            os.remove(f"{args.out}/score.safetensors")
         for name in os.listdir(partial):
             os.replace(f"{partial}/{name}", f"{args.out}/{name}")
         os.rmdir(partial)
@@ -333,7 +342,7 @@ def save_model(lm, tokenizer, args):
 def fail(message):
     """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 
@@ -407,7 +416,7 @@ def read_jsonl(path, *keys):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write JSON objects with {', '.join(keys)}, as splits.py does")
+        fail(f"{path}, line {number}: {error!r:.100}; write rows with {', '.join(keys)}, as splits.py does")
     if not number:
         fail(f"{path}: it holds no rows")
 

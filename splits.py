@@ -438,7 +438,7 @@ def prompt_set(name, label, args):
 def fail(message):
     """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 

@@ -44,6 +44,7 @@ if __name__ == "__main__":  # not in a worker: its memory is measured, and TRL's
     import align
     import toy
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MODES = ["align", "in_the_loop", "losses", "oracle", "sft", "scoring", "generation"]
 RATIOS = {"1:1": (128, 128), "3:1": (192, 64), "11:1": (352, 32)}  # tokens of prompt and response, EOS too
 GOALS = {"1:1": (0.55, 0.80), "3:1": (0.45, 0.70), "11:1": (0.35, 0.60), "natural": (0.85,)}  # time, memory
@@ -62,6 +63,7 @@ def parse_args():
     flag("--steps", type=int, default=7, help="measured steps a side, behind two of warm-up")
     flag("--rows", type=int, default=64, help="pairs to score, and prompts to answer")
     flag("--max_new_tokens", type=int, default=32, help="of a generated response")
+    flag("--dtype", choices=["bf16", "fp32"], default="fp32", help="of the arithmetic, on both sides")
     flag("--threads", type=int, default=os.cpu_count(), help="OpenMP threads of a worker")
     flag("--deepspeed_config", default="ds_config.json", help="ours")
     flag("--out", default="out/bench", help="folder for data, models and the workers' logs")
@@ -77,7 +79,6 @@ def main():
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # the workers'
     torch.set_num_threads(args.threads)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # of the arithmetic, on both sides
     model = os.path.abspath(args.model or f"{home}/model")
     if not args.model:
         make_small_model(model)
@@ -94,17 +95,17 @@ def main():
             "--model", model, "--data", f"{folder}/pairs.jsonl", "--eval_data", "",
             "--out", f"{folder}/{stage}", "--batch_size", batch, "--micro_batch_size", batch,
             "--max_steps", max_steps, "--save_steps", 0, "--learning_rate", 1e-6, "--warmup_steps", 0,
-            "--deepspeed_config", args.deepspeed_config, *flags]
+            "--dtype", args.dtype, "--deepspeed_config", args.deepspeed_config, *flags]
 
     def theirs(kind, folder, **options):
-        return run_trl, kind, model, f"{folder}/ids.jsonl", batch, max_steps, dtype, options
+        return run_trl, kind, model, f"{folder}/ids.jsonl", batch, max_steps, args.dtype, options
 
     def compare(what, shape, our_side, name, their_side, time_goal=None, memory_goal=None, steps=args.steps):
         """Adds a row to the table: ours against the side called `name`. steps=0: over all their batches."""
         product = None
         if shape in RATIOS:
             tokens, width = batch * (RATIOS[shape][0] + 2 * RATIOS[shape][1]), config.hidden_size
-            product = tokens, width, getattr(config, "intermediate_size", 4 * width), dtype
+            product = tokens, width, getattr(config, "intermediate_size", 4 * width), args.dtype
         a, b = alternate({"ours": our_side, name: their_side}, home, steps, args.profile, product)
         table.append(make_row(f"{what}, {shape}", name, a, b, steps, batch if steps else args.rows,
                               time_goal, memory_goal))
@@ -146,16 +147,18 @@ def main():
         scorer.config.pad_token_id = tokenizer.pad_token_id
         scorer.save_pretrained(oracle)
         tokenizer.save_pretrained(oracle)
-        flags = ["--oracle", oracle, "--data", pairs, "--out", f"{folder}/scores.pt", "--micro_batch_size", 8]
+        flags = ["--oracle", oracle, "--data", pairs, "--out", f"{folder}/scores.pt",
+                 "--micro_batch_size", 8, "--dtype", args.dtype]
         compare("precompute_rewards.py", "natural", (run_ours, "precompute_rewards", flags),
-                plain, (run_plain, "SequenceClassification", oracle, ids, dtype), 0.6, steps=0)
+                plain, (run_plain, "SequenceClassification", oracle, ids, args.dtype), 0.6, steps=0)
     for size in (8, 32) if "generation" in args.modes else []:  # 32 is generate.py's default
         flags = ["--model", model, "--prompts", pairs, "--out", f"{folder}/generations.jsonl",
-                 "--temperature", 0.7, "--max_new_tokens", args.max_new_tokens, "--micro_batch_size", size]
+                 "--temperature", 0.7, "--max_new_tokens", args.max_new_tokens,
+                 "--micro_batch_size", size, "--dtype", args.dtype]
         compare(f"generate.py, {size} a batch", "natural", (run_ours, "generate", flags),
-                plain, (run_plain, "CausalLM", model, ids, dtype, args.max_new_tokens), 0.6, steps=0)
+                plain, (run_plain, "CausalLM", model, ids, args.dtype, args.max_new_tokens), 0.6, steps=0)
 
-    print(f"\n{os.path.basename(model)}, {dtype}, {args.threads} threads, {batch} pairs a step, "
+    print(f"\n{os.path.basename(model)}, {args.dtype}, {args.threads} threads, {batch} pairs a step, "
           f"{args.steps} steps a side, {(time.time() - start) / 60:.0f} minutes\n\n"
           f"| ours | theirs | time | goal | CPU | FLOPs | memory | goal | rows/s | MFU |\n|{'---|' * 10}")
     print("\n".join(table))
@@ -258,7 +261,7 @@ def alternate(sides, home, steps, profile, product):
 
 def matmul_speed(tokens, hidden, intermediate, dtype):
     """FLOPs a second of a product (tokens, hidden) x (hidden, intermediate)."""
-    options = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": getattr(torch, dtype)}
+    options = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": DTYPES[dtype]}
     a, b, seconds = torch.randn(tokens, hidden, **options), torch.randn(hidden, intermediate, **options), []
     for _ in range(9):
         start = time.perf_counter()
@@ -383,7 +386,7 @@ def run_trl(kind, folder, data, batch_size, max_steps, dtype, options, gate):
     config = getattr(trl, kind + "Config")(
         output_dir=data + ".trl", max_length=None, max_steps=max_steps, learning_rate=1e-6, weight_decay=0.05,
         per_device_train_batch_size=batch_size, train_sampling_strategy="sequential", max_grad_norm=1.0,
-        lr_scheduler_type="cosine", gradient_checkpointing=False, bf16=dtype == "bfloat16", logging_steps=5,
+        lr_scheduler_type="cosine", gradient_checkpointing=False, bf16=dtype == "bf16", logging_steps=5,
         use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none", **options)
     getattr(trl, kind + "Trainer")(
         model=load("SequenceClassification" if kind == "Reward" else "CausalLM", folder), args=config,
@@ -411,7 +414,7 @@ def run_plain(kind, folder, data, dtype, max_new_tokens=0, gate=None):
     gate()
 
 
-def load(kind, folder, dtype="float32"):
+def load(kind, folder, dtype="fp32"):
     """The folder's AutoModelFor<kind>: SDPA, no dropout, one label. Training keeps its weights in fp32."""
     config = transformers.AutoConfig.from_pretrained(folder)
     for name, value in config.to_dict().items():
@@ -419,7 +422,7 @@ def load(kind, folder, dtype="float32"):
             setattr(config, name, 0.0)
     config.num_labels = 1
     model = getattr(transformers, "AutoModelFor" + kind).from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation="sdpa")
+        folder, config=config, dtype=DTYPES[dtype], attn_implementation="sdpa")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -120,7 +120,7 @@ print(inputs / 2**20, (peak() - before) / 2**10, time.process_time() - start)
 
 def vocabulary(folder):
     """Peak memory and CPU seconds of response_logps, forward and backward, of 2^17 words in fp32."""
-    print("| hidden | response tokens | max_logits | inputs MB | peak over them MB (with gradients) | CPU s |\n"
+    print("| hidden | response tokens | max_logits | inputs MB | peak over them MB, gradients too | CPU s |\n"
           "|---|---|---|---|---|---|")
     for hidden, length, n in ((64, 256, 24), (64, 256, 26), (64, 1024, 26), (64, 256, 28), (64, 256, 31),
                               (576, 256, 26)):

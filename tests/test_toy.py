@@ -202,7 +202,8 @@ def test_model_weights_follow_the_seed():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("flag, value", [("--flip", "1.5"), ("--pairs", "0"), ("--out", __file__)])
+@pytest.mark.parametrize("flag, value", [("--flip", "1.5"), ("--pairs", "0"), ("--hidden_size", "9"),
+                                         ("--out", __file__)])
 def test_bad_input_is_one_line(flag, value, tmp_path):
     command = [sys.executable, toy.__file__, "--out", tmp_path / "toy", flag, value]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -29,9 +29,9 @@ stage() {  # stage NAME COMMAND...: runs it in the background
     fi
     echo "$name: $((SECONDS - start)) s" ) &
 }
-launch() {  # launch NAME STAGE...
+launch() {  # launch NAME STAGE...: in fp32, so that the table does not depend on the processor
   port=$((port + 1))
-  stage "$1" deepspeed --num_gpus 1 --master_port "$port" "${@:2}" --seed "$seed"
+  stage "$1" deepspeed --num_gpus 1 --master_port "$port" "${@:2}" --seed "$seed" --dtype fp32
 }
 settle() { local job; for job in $(jobs -p); do wait "$job"; done; }  # waits for both; fails where one did
 
@@ -90,9 +90,9 @@ def find(rows, **keys):
 print("\nWin rate against SFT, 95% interval over prompts, four temperatures pooled (a tie counts half); mean")
 print("true reward and length. test: posts, in domain; articles: out of domain.\n")
 titles = "policy", "prompts", "by the Oracle", "by the true reward", "true reward", "tokens", "EOS"
-print("| {:12} | {:8} | {:20} | {:20} | {:11} | {:6} | {:4} |".format(*titles))
+print("| {:12} | {:8} | {:20} | {:20} | {:11} | {:>6} | {:>4} |".format(*titles))
 print("|" + "|".join("-" * (n + 2) for n in (12, 8, 20, 20, 11, 6, 4)) + "|")
-line = "| {:12} | {:8} | {:20} | {:20} | {:11.2f} | {:6} | {:4} |"
+line = "| {:12} | {:8} | {:20} | {:20} | {:11.2f} | {:>6} | {:>4} |"
 for prompts in ("test", "articles"):
     where = {"group": f"dataset {prompts}", "temperature": "all"}
     gold = find(truth["policies"], policy="SFT", **where)["reward"]
