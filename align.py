@@ -128,7 +128,7 @@ def main():
     # ---- model, optimizer, engine
     score = None
     if args.loss == "drdo" and args.student_rewards == "head":
-        torch.manual_seed(args.seed + 2**32)  # oracle.py draws its head from args.seed: this is another
+        torch.manual_seed(args.seed + 2**31)  # oracle.py draws its head from args.seed: this is another
         score = reward_head(lm)
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
