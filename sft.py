@@ -198,6 +198,8 @@ def plan_steps(row_tokens, args):
     --resume change them. Within a step the longest come first, so that a micro-batch holds little padding.
     Sets the defaults of --micro_batch_size and --warmup_steps."""
     num_rows, world_size = len(row_tokens), dist.get_world_size()
+    if args.max_steps and args.epochs:
+        fail("--max_steps and --epochs both say how long to train; give one of them")
     share = max(1, args.batch_size // world_size)  # of one process
     args.micro_batch_size = min(share, args.micro_batch_size or max(n for n in range(1, 9) if share % n == 0))
     if args.batch_size % (args.micro_batch_size * world_size):
@@ -205,8 +207,6 @@ def plan_steps(row_tokens, args):
              f"{world_size} processes; change one of them")
     if num_rows < args.batch_size:
         fail(f"{args.data}: {num_rows} rows are fewer than --batch_size {args.batch_size}; lower it")
-    if args.max_steps and args.epochs:
-        fail("--max_steps and --epochs both say how long to train; give one of them")
     max_steps = args.max_steps or max(1, int(args.epochs * num_rows / args.batch_size))
     epochs, per_epoch = max_steps * args.batch_size / num_rows, num_rows // args.batch_size
     args.warmup_steps = min(100, max_steps // 10) if args.warmup_steps is None else args.warmup_steps

@@ -1,8 +1,10 @@
 """Shared by the tests: the scripts are importable, and one process group of one process is there."""
 import os
+import socket
 import subprocess
 import sys
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,9 @@ def run(script, *flags, processes=0, expect=0):
         flags = *flags, "--dtype", "fp32"
     command = [sys.executable, str(ROOT / script)]
     if processes:
-        port = 20000 + os.getpid() % 10000
+        with socket.socket() as free:  # of its own, since two tests may run side by side
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(port),
                    str(ROOT / script)]
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
@@ -36,3 +40,9 @@ def process_group():
     """What a stage's functions need to run in this process."""
     from align import init_process
     init_process(Namespace(dtype="fp32"))
+
+
+def together(*calls):
+    """Makes these calls, (function, *arguments) each, two at a time. Returns what they return."""
+    with ThreadPoolExecutor(2) as pool:
+        return [done.result() for done in [pool.submit(*call) for call in calls]]

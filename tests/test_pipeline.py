@@ -4,10 +4,11 @@ import hashlib
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
-from conftest import run
+from conftest import run, together
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -33,19 +34,17 @@ def lab(tmp_path_factory):
     data = ["--data", lab / "train.jsonl", "--eval_data", lab / "validation.jsonl", *TRAINING]
     run("sft.py", "--model", lab / "base", *data, "--out", lab / "sft", "--max_steps", 20, "--learning_rate", 3e-3)
     oracle = ["oracle.py", "--model", lab / "sft", *data, "--max_steps", 10, "--learning_rate", 2e-3]
-    run(*oracle, "--out", lab / "oracle")
-    run(*oracle, "--out", lab / "reward_model", "--alpha", 0, "--seed", 1)
-    run("precompute_rewards.py", "--oracle", lab / "oracle", lab / "reward_model", "--data", lab / "train.jsonl",
-        "--out", lab / "ensemble.pt", "--max_length", 85)
-    run("precompute_rewards.py", "--oracle", lab / "oracle", "--data", lab / "train.jsonl", "--out", lab / "rewards.pt")
+    together((run, *oracle, "--out", lab / "oracle"),
+             (run, *oracle, "--out", lab / "reward_model", "--alpha", 0, "--seed", 1))
+    score = run, "precompute_rewards.py", "--data", lab / "train.jsonl"
+    together((*score, "--out", lab / "ensemble.pt", "--max_length", 85, "--oracle", lab / "oracle", lab / "reward_model"),
+             (*score, "--out", lab / "rewards.pt", "--oracle", lab / "oracle"))
     return lab
 
 
 def run_on_one_and_two(flags, one, two, *more):
     """Runs a stage on one process, writing `one`, and beside it on two, writing `two`."""
-    with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(run, *flags, "--out", one), pool.submit(run, *flags, *more, "--out", two, processes=2)]
-        [done.result() for done in runs]
+    together((run, *flags, "--out", one), (partial(run, processes=2), *flags, *more, "--out", two))
 
 
 def align_flags(lab, loss, rewards="rewards.pt"):
@@ -151,7 +150,7 @@ def test_unit_oracle_distils_differences_of_std_1(lab, tmp_path):
     assert unit == pytest.approx((margins.mean() / margins.std()).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("script", ["sft.py", "oracle.py", "drdo", "edpo"])
+@pytest.mark.parametrize("script", ["sft.py", "oracle.py", "edpo"])
 def test_one_process_and_two_give_the_same_losses(lab, tmp_path, script):
     if script.endswith(".py"):
         flags = [script, "--model", lab / "sft", "--data", lab / "train.jsonl", "--eval_data", lab / "validation.jsonl",
@@ -164,10 +163,10 @@ def test_one_process_and_two_give_the_same_losses(lab, tmp_path, script):
         assert len(one) == 10 and two == pytest.approx(one, rel=1e-4)
 
 
-def stop_while_saving(flags, out):
+def stop_while_saving(flags, out, processes=0):
     """Runs until the model cannot be saved, as on a full disk: the last checkpoint stays."""
     (out / "config.json" / "in_the_way").mkdir(parents=True)
-    error = run(*flags, "--out", out, expect=2)
+    error = run(*flags, "--out", out, expect=2, processes=processes)
     assert error.count("error: ") == 1 and "config.json" in error and "Traceback" not in error
     shutil.rmtree(out / "config.json")
 
@@ -175,28 +174,30 @@ def stop_while_saving(flags, out):
 def test_resuming_is_bitwise_the_run_that_was_not_interrupted(lab, tmp_path):
     flags = [*align_flags(lab, "dpo"), "--max_steps", 7, "--save_steps", 4, "--log_steps", 3]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(*flags, "--out", whole)
-    stop_while_saving(flags, stopped)
+    together((run, *flags, "--out", whole), (stop_while_saving, flags, stopped))
     (stopped / "checkpoint" / "partial").mkdir()  # as a crash in the next checkpoint leaves it
     with open(stopped / "log.jsonl", "a") as file:
         file.write('{"step": 8, "lo')
-    for more, words in ([], "unfinished run"), (["--resume", "--beta", 0.5], "beta was 0.1 and is now 0.5"):
-        assert words in run(*flags, "--out", stopped, *more, expect=2)
-    assert "processes was 1 and is now 2" in run(*flags, "--out", stopped, "--resume", processes=2, expect=2)
+    forgot, beta, processes = together(
+        (partial(run, expect=2), *flags, "--out", stopped),
+        (partial(run, expect=2), *flags, "--out", stopped, "--resume", "--beta", 0.5),
+        (partial(run, expect=2, processes=2), *flags, "--out", stopped, "--resume"))
+    assert "unfinished run" in forgot and "beta was 0.1 and is now 0.5" in beta
+    assert "processes was 1 and is now 2" in processes
     rows = (lab / "validation.jsonl").read_text()
     (lab / "validation.jsonl").write_text("\n".join(reversed(rows.splitlines())) + "\n")
     assert "sha256" in run(*flags, "--out", stopped, "--resume", expect=2)
     (lab / "validation.jsonl").write_text(rows)
     shutil.copytree(stopped, tmp_path / "smaller")
 
-    run(*flags, "--out", stopped, "--resume")
+    # a smaller micro-batch and checkpointing, as out of memory asks for
+    together((run, *flags, "--out", stopped, "--resume"), (run, *flags, "--out", tmp_path / "smaller", "--resume",
+             "--micro_batch_size", 2, "--gradient_checkpointing"))
     figures = [[{name: line[name] for name in line if name not in ("tokens_per_second", "peak_memory_gb")}
                 for line in map(json.loads, open(out / "log.jsonl"))] for out in (whole, stopped)]
     assert figures[0] == figures[1]
     weights, resumed = (load_file(out / "model.safetensors") for out in (whole, stopped))
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
-    # as out of memory asks for
-    run(*flags, "--out", tmp_path / "smaller", "--resume", "--micro_batch_size", 2, "--gradient_checkpointing")
     assert read_log(tmp_path / "smaller") == pytest.approx(read_log(whole), rel=1e-5)
 
 
@@ -213,8 +214,9 @@ def test_numbers_that_are_not_finite_end_the_run(lab, tmp_path, flags, processes
 def test_the_students_head_is_not_the_oracles(lab, tmp_path):
     """Drawn from one --seed they are unrelated, else the student would start with some of the Oracle's rewards."""
     still = ["--max_steps", 1, "--learning_rate", 1e-9, "--eval_data", "", "--seed", 3]
-    run(*align_flags(lab, "drdo"), *still, "--out", tmp_path / "drdo")
-    run("oracle.py", "--model", lab / "sft", "--data", lab / "train.jsonl", *TRAINING, *still, "--out", tmp_path / "oracle")
+    together((run, *align_flags(lab, "drdo"), *still, "--out", tmp_path / "drdo"),
+             (run, "oracle.py", "--model", lab / "sft", "--data", lab / "train.jsonl", *TRAINING, *still,
+              "--out", tmp_path / "oracle"))
     student = load_file(tmp_path / "drdo" / "score.safetensors")["score.weight"][0]
     oracle = load_file(tmp_path / "oracle" / "model.safetensors")["score.weight"][0]
     assert abs(torch.nn.functional.cosine_similarity(student, oracle, dim=0)) < 0.5
@@ -223,13 +225,11 @@ def test_the_students_head_is_not_the_oracles(lab, tmp_path):
 def test_bf16_and_zero_2_on_two_processes(lab, tmp_path):
     """Training, resuming, scoring and generating agree with fp32 as far as 8 bits do, and keep fp32 weights."""
     flags = [*align_flags(lab, "drdo"), "--max_steps", 8, "--save_steps", 4]
-    run(*flags, "--out", tmp_path / "fp32")
-    (tmp_path / "bf16" / "config.json" / "in_the_way").mkdir(parents=True)
-    run(*flags, "--dtype", "bf16", "--out", tmp_path / "bf16", processes=2, expect=2)
-    shutil.rmtree(tmp_path / "bf16" / "config.json")
+    bf16 = [*flags, "--dtype", "bf16"]
+    together((run, *flags, "--out", tmp_path / "fp32"), (partial(stop_while_saving, processes=2), bf16, tmp_path / "bf16"))
     assert "dtype was bf16 and is now fp32" in run(*flags, "--out", tmp_path / "bf16", "--resume", processes=2, expect=2)
-    run(*flags, "--dtype", "bf16", "--out", tmp_path / "bf16", "--resume", processes=2)
-    run(*flags, "--dtype", "bf16", "--out", tmp_path / "whole", processes=2)
+    together((partial(run, processes=2), *bf16, "--out", tmp_path / "bf16", "--resume"),
+             (partial(run, processes=2), *bf16, "--out", tmp_path / "whole"))
     assert json.load(open(tmp_path / "bf16" / "args.json"))["dtype"] == "bf16"
     fp32, bf16, whole = (read_log(tmp_path / name) for name in ("fp32", "bf16", "whole"))
     assert bf16 == whole and bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.03)
@@ -242,10 +242,10 @@ def test_bf16_and_zero_2_on_two_processes(lab, tmp_path):
 
     generate = ["generate.py", "--model", tmp_path / "bf16", "--prompts", lab / "validation.jsonl", "--temperature", 0,
                 "--max_new_tokens", 8, "--dtype", "bf16"]
-    run(*generate, "--out", tmp_path / "two.jsonl", processes=2)
-    assert len((tmp_path / "two.jsonl").read_text().splitlines()) > 10
     score = ["precompute_rewards.py", "--oracle", lab / "oracle", "--data", lab / "train.jsonl", "--dtype", "bf16"]
-    run(*score, "--out", tmp_path / "bf16.pt", processes=2)
+    together((partial(run, processes=2), *generate, "--out", tmp_path / "two.jsonl"),
+             (partial(run, processes=2), *score, "--out", tmp_path / "bf16.pt"))
+    assert len((tmp_path / "two.jsonl").read_text().splitlines()) > 10
     rewards = torch.load(tmp_path / "bf16.pt", weights_only=True)["chosen"]
     expected = torch.load(lab / "rewards.pt", weights_only=True)["chosen"]
     assert rewards.dtype == torch.float32 and not torch.equal(rewards, expected)

@@ -11,10 +11,11 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import run
+from conftest import run, together
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import align
 import toy
 
 SHAPE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -30,18 +31,17 @@ def drdo(tmp_path_factory):
     tokenizer, pairs = toy.make_tokenizer(), toy.make_pairs(8, 1)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     toy.write_jsonl(f"{home}/pairs.jsonl", pairs)
+    torch.save({"chosen": torch.randn(1, 8), "rejected": torch.randn(1, 8), "oracles": ["random"],
+                "data_sha256": align.sha256(home / "pairs.jsonl")}, home / "rewards.pt")
     folders = {}
     for name, (model, config) in MODELS.items():
         ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)
         model(config(vocab_size=len(tokenizer), **SHAPE, **ids)).save_pretrained(home / name)
         tokenizer.save_pretrained(home / name)
-        if not (home / "rewards.pt").exists():
-            data = {"chosen": torch.randn(1, 8), "rejected": torch.randn(1, 8), "oracles": ["random"]}
-            import align
-            torch.save(data | {"data_sha256": align.sha256(home / "pairs.jsonl")}, home / "rewards.pt")
         folders[name] = home / f"{name}.drdo"
-        run("align.py", "--loss", "drdo", "--model", home / name, "--data", home / "pairs.jsonl", "--eval_data", "",
-            "--oracle_rewards", home / "rewards.pt", "--batch_size", 8, "--max_steps", 1, "--out", folders[name])
+    together(*((run, "align.py", "--loss", "drdo", "--model", home / name, "--data", home / "pairs.jsonl", "--eval_data", "",
+                "--oracle_rewards", home / "rewards.pt", "--batch_size", 8, "--max_steps", 1, "--out", folder)
+               for name, folder in folders.items()))
     return folders
 
 
