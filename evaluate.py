@@ -24,6 +24,7 @@ Where the paper leaves a choice:
 import argparse
 import hashlib
 import json
+import numbers
 import os
 import re
 import runpy
@@ -246,7 +247,10 @@ def call_reward_fn(spec, responses):
         function = runpy.run_path(path)[name]
         for response in tqdm(responses, desc="reward_fn", unit="row"):
             place = f"it fails on the {response['kind']} of {response['path']}, line {response['line']}"
-            response["reward"] = float(function(dict(response["row"])))
+            reward = function(dict(response["row"]))
+            if not isinstance(reward, numbers.Real):
+                raise TypeError(f"a {type(reward).__name__} is no number")
+            response["reward"] = float(reward)
     except Exception as error:
         fail(f"--reward_fn {spec}: {place} ({error!r}); write FILE.py:FUNCTION that returns a number")
 
@@ -531,11 +535,12 @@ def read_jsonl(path, *keys):
                         texts = [turn[name] for turn in row[key] for name in ("role", "content")]
                     if not all(isinstance(text, str) for text in texts) or key == "prompt" and not row[key]:
                         raise TypeError(f"`{key}` holds no text")
+                    "".join(texts).encode()  # a lone surrogate is no text
                 yield row
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write rows with {', '.join(keys)}, as splits.py does")
+        fail(f"{path}, line {number}: {error!r:.100}; write an object with {', '.join(keys) or 'its keys'}")
     if not number:
         fail(f"{path}: it holds no rows")
 

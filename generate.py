@@ -2,13 +2,12 @@
 
 In:   a policy (out/drdo), a JSONL with `prompt` (a validation file, or a prompt set of splits.py)
 Out:  <model>/generations.jsonl, a row for each prompt and temperature, in prompt order: `prompt`, `response`,
-      `temperature`, `generator`, `tokens` (without EOS), `eos` (False where --max_new_tokens cut the response
-      off), and what the prompt's row carried, but for a pair's chosen and rejected
+      `temperature`, `generator`, `tokens` (without EOS), `eos` (False: cut off at --max_new_tokens), and what
+      the prompt's row carried, but for a pair's chosen and rejected
 
     deepspeed generate.py
-    deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out
-    out/dpo/cnn_dailymail.jsonl deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      #
-    greedy
+    deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out out/dpo/cnn.jsonl
+    deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      # greedy
 
 A prompt that stands in several rows is taken once. Batches hold prompts of similar length. Each draws from a
 seed of its own, so the number of processes does not change the text. The batch size and the list of
@@ -56,7 +55,9 @@ def parse_args():
         fail(f"--model {args.model} is no folder here; for a model of the hub give --out too")
     args.out = args.out or f"{args.model}/generations.jsonl"
     args.generator = args.generator or args.model.rstrip("/")
-    check_out(args.out)
+    if os.path.isdir(args.out):
+        fail(f"--out {args.out} is a folder; name a file in it")
+    check_out(os.path.dirname(args.out))
     return args
 
 
@@ -155,6 +156,8 @@ def reading(what, mend):
     """Turns any error inside into one line for the user: libraries raise anything where a file is damaged."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.200}); {mend}")
 
@@ -165,15 +168,17 @@ def check_flags(args, *may_be_zero):
         zero_too = name in (*may_be_zero, "seed", "local_rank")
         for value in values if isinstance(values, list) else [values]:
             if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
-                fail(f"--{name} {value}: give a number {'of 0 or more' if zero_too else 'above 0'}")
+                fail(f"--{name} {value}: give a finite number {'of 0 or more' if zero_too else 'above 0'}")
 
 
-def check_out(path):
-    """Fails where a file cannot be written at `path`: now, before the run is paid for."""
-    folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        fail(f"--out {path}: it is a folder, or its folder cannot be written; name another file")
+def check_out(folder):
+    """Fails where the folder cannot be made and written: now, before the run is paid for."""
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        if not os.access(folder or ".", os.W_OK):
+            raise PermissionError("it cannot be written")
+    except OSError as error:
+        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
 
 
 def init_process(args):
@@ -218,11 +223,12 @@ def read_jsonl(path, *keys):
                         texts = [turn[name] for turn in row[key] for name in ("role", "content")]
                     if not all(isinstance(text, str) for text in texts) or key == "prompt" and not row[key]:
                         raise TypeError(f"`{key}` holds no text")
+                    "".join(texts).encode()  # a lone surrogate is no text
                 yield row
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write rows with {', '.join(keys)}, as splits.py does")
+        fail(f"{path}, line {number}: {error!r:.100}; write an object with {', '.join(keys) or 'its keys'}")
     if not number:
         fail(f"{path}: it holds no rows")
 

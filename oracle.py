@@ -4,8 +4,8 @@ In:   a causal LM, data/all/train.jsonl (prompt, chosen, rejected)
 Out:  out/oracle/: model and tokenizer (the head inside, as score.weight), args.json, log.jsonl, checkpoint/
 
     deepspeed oracle.py                                              # the Oracle: alpha 0.01
-    for k in 1 2 3; do deepspeed oracle.py --alpha 0 --seed $k --out out/reward_model_$k; done   # e-DPO's,
-    Eq. 2 deepspeed --num_gpus 2 oracle.py --model facebook/opt-1.3b --gradient_checkpointing
+    for k in 1 2 3; do deepspeed oracle.py --alpha 0 --seed $k --out out/reward_model_$k; done      # e-DPO's
+    deepspeed --num_gpus 2 oracle.py --model facebook/opt-1.3b --gradient_checkpointing
 
 The way of one pair: read_jsonl -> read_pairs (encode_prompt, encode_response) -> collate -> PairModel
 (pair_mask, response_logps, last_token_rewards) -> loss_and_metrics (losses.py) -> engine.backward and step.
@@ -80,6 +80,7 @@ def parse_args():
     check_flags(args, "alpha", "weight_decay", "warmup_steps", "save_steps", "eval_rows")
     if args.alpha > 1:
         fail(f"--alpha {args.alpha}: it weighs the LM term against the rest; give a number from 0 to 1")
+    check_out(args.out)
     args.epochs = args.epochs or (None if args.max_steps else 1.0)
     return args
 
@@ -115,11 +116,12 @@ def main():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (  # warm-up, then a cosine to 0
         (step + 1) / args.warmup_steps if step < args.warmup_steps else
         0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
-                                  config=deepspeed_config(args, device, optimizer))[0]
+    config = deepspeed_config(args, device, optimizer)
+    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json given here"):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
-    check_layout(model, pairs[row_tokens.argmax()], to_batch, args)
-    state = start_run(engine, args)  # with --resume the last checkpoint's
+    check_layout(lm, max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:]))), to_batch, args)
+    state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
 
     # ---- training
     num_logps = 1 if args.alpha else 0  # Eq. 5 takes log pi of the chosen response alone
@@ -183,18 +185,16 @@ class PairModel(torch.nn.Module):
         super().__init__()
         self.lm, self.score, self.bf16 = lm, score, bf16
 
-    def autocast(self):
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.lm.device.type == "cpu")
-
     def forward(self, input_ids, position_ids, segments, eos_positions, num_logps=2):
         """(logps, rewards) of (chosen, rejected), (B, 2) each; rewards is None without a head. With num_logps
         1 logps are of the chosen response alone, (B, 1); with 0 of none, (B, 0)."""
-        with self.autocast():
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.lm.device.type == "cpu"):
             mask = pair_mask(segments, torch.bfloat16 if self.bf16 else self.lm.dtype)
             hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
                                         use_cache=False).last_hidden_state  # (B, T, H)
             logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_logps)
-        return logps, last_token_rewards(hidden, self.score.weight, eos_positions) if self.score else None
+        rewards = last_token_rewards(hidden, self.score.weight, eos_positions) if self.score else None
+        return logps, rewards
 
 
 def collate(pairs, pad_token_id, device):
@@ -231,17 +231,16 @@ def pair_mask(segments, dtype):
 
 
 @torch.no_grad()
-def check_layout(model, pair, to_batch, args):
+def check_layout(lm, pair, to_batch, args):
     """Fails where the model's own forward on prompt + response gives other log-probs than the row of a pair.
     Such a model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
     prompt, *responses = pair
-    for response, logp in zip(responses, model(**to_batch([pair]))[0][0]):
+    for response, logp in zip(responses, PairModel(lm)(**to_batch([pair]))[0][0]):
         ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long, device=logp.device)
-        with model.autocast():
-            logits = model.lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
+        logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
         own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
         # bf16 keeps 8 bits. Its errors are random, so their sum grows as the root of the number of tokens
-        tolerance = 0.5 + 0.5 * len(response) ** 0.5 if args.dtype == "bf16" else 0.001 * len(response)
+        tolerance = 0.001 * len(response) if lm.dtype.itemsize >= 4 else 0.5 + 0.5 * len(response) ** 0.5
         if not abs(own - logp) <= tolerance:  # NaN too
             fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward "
                  f"and {logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
@@ -321,7 +320,7 @@ def deepspeed_config(args, device, optimizer):
         with open(args.deepspeed_config) as file:
             config = json.load(file)
         clipping = float(config.get("gradient_clipping", 0))
-        assert config["zero_optimization"]["stage"] in (1, 2), "zero_optimization.stage must be 1 or 2"
+        assert clipping >= 0 and config["zero_optimization"]["stage"] in (1, 2), "ZeRO-1 or 2, clipping of 0 or more"
     config |= {"train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
                "steps_per_print": 2**31, "gradient_clipping": clipping,
                "bf16": {"enabled": device.type == "cuda" and args.dtype == "bf16"}}
@@ -347,7 +346,8 @@ def start_run(engine, args):
     files = {f"sha256 of {path}": sha256(path) for path in map(vars(args).get, names) if path}
     run = vars(args) | {"processes": dist.get_world_size()} | files
     state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
-    saved = sorted(glob.glob("step*", root_dir=folder), key=lambda name: int(name[4:]))
+    saved = sorted((name for name in glob.glob("step*", root_dir=folder) if name[4:].isdigit()),
+                   key=lambda name: int(name[4:]))
     if bool(saved) != args.resume:
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
@@ -361,7 +361,6 @@ def start_run(engine, args):
                     fail(f"--resume: {name} was {before} and is now {value}; go on as the run began")
             state |= engine.load_checkpoint(folder, tag=saved[-1])[1]
     if dist.get_rank() == 0:
-        os.makedirs(args.out, exist_ok=True)
         versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
         with open(f"{args.out}/args.json", "w") as file:
             json.dump(run | {"versions": versions}, file, indent=2)
@@ -417,8 +416,9 @@ def save_checkpoint(engine, args, state, **tensors):
 
 
 def save_model(lm, tokenizer, args, head=None):
-    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes. A policy's reward
-    head lies beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
+    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes. A policy's reward head
+    lies beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
+    dist.barrier()  # every process has read the checkpoint
     if dist.get_rank() == 0:
         partial = f"{args.out}/partial"
         lm.save_pretrained(partial)
@@ -446,6 +446,8 @@ def reading(what, mend):
     """Turns any error inside into one line for the user: libraries raise anything where a file is damaged."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.200}); {mend}")
 
@@ -456,7 +458,17 @@ def check_flags(args, *may_be_zero):
         zero_too = name in (*may_be_zero, "seed", "local_rank")
         for value in values if isinstance(values, list) else [values]:
             if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
-                fail(f"--{name} {value}: give a number {'of 0 or more' if zero_too else 'above 0'}")
+                fail(f"--{name} {value}: give a finite number {'of 0 or more' if zero_too else 'above 0'}")
+
+
+def check_out(folder):
+    """Fails where the folder cannot be made and written: now, before the run is paid for."""
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        if not os.access(folder or ".", os.W_OK):
+            raise PermissionError("it cannot be written")
+    except OSError as error:
+        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
 
 
 def init_process(args):
@@ -507,11 +519,12 @@ def read_jsonl(path, *keys):
                         texts = [turn[name] for turn in row[key] for name in ("role", "content")]
                     if not all(isinstance(text, str) for text in texts) or key == "prompt" and not row[key]:
                         raise TypeError(f"`{key}` holds no text")
+                    "".join(texts).encode()  # a lone surrogate is no text
                 yield row
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write rows with {', '.join(keys)}, as splits.py does")
+        fail(f"{path}, line {number}: {error!r:.100}; write an object with {', '.join(keys) or 'its keys'}")
     if not number:
         fail(f"{path}: it holds no rows")
 
@@ -563,8 +576,8 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The
-    space that a response to a plain-text prompt starts with goes where there is a chat template."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. A
+    leading space parts a response from a plain-text prompt. With a chat template it is removed."""
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 

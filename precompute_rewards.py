@@ -1,16 +1,14 @@
 """Scores responses with one Oracle or K of them, once: the only program that scores anything.
 
-In:   reward models (out/oracle), and a JSONL of prompt + chosen + rejected, or of prompt + response
-(generations) Out:  rewards.pt: a dict that torch.load(weights_only=True) reads, of float32 tensors (K, N), K
-oracles by N rows in
-      file order, NaN where a row has over --max_length tokens: `chosen` and `rejected`, or `response` (and
-      `reference`, where rows carry one); `oracles`, the K folders; `data_sha256`, the scored file's.
+In:   reward models (out/oracle), and a JSONL: prompt, chosen, rejected; or prompt, response (generations)
+Out:  rewards.pt: a dict that torch.load(weights_only=True) reads. Tensors, float32, (K, N), K Oracles by N rows in
+      file order, NaN where a row has over --max_length tokens: `chosen` and `rejected`; or `response`, and
+      `reference` if rows carry one. `oracles`: the K folders. `data_sha256`: that of the scored file.
 
-    deepspeed precompute_rewards.py                                                     # for align.py --loss
-    drdo deepspeed precompute_rewards.py --oracle out/reward_model_{1,2,3} --out ensemble.pt   # for align.py
-    --loss edpo deepspeed precompute_rewards.py --data out/drdo/generations.jsonl --out out/drdo/rewards.pt
-    # for evaluate.py deepspeed --num_gpus 2 precompute_rewards.py --oracle
-    Skywork/Skywork-Reward-V2-Llama-3.2-1B
+    deepspeed precompute_rewards.py                                                 # for align.py --loss drdo
+    deepspeed precompute_rewards.py --oracle out/reward_model_{1,2,3} --out ensemble.pt         # for --loss edpo
+    deepspeed precompute_rewards.py --data out/drdo/generations.jsonl --out out/drdo/rewards.pt    # evaluate.py
+    deepspeed --num_gpus 2 precompute_rewards.py --oracle Skywork/Skywork-Reward-V2-Llama-3.2-1B
 
 Any AutoModelForSequenceClassification with one label and a linear head `score` serves as an Oracle. Its
 reward is read at the response's EOS. A text that stands in several rows is scored once. Texts are sorted by
@@ -52,7 +50,9 @@ def parse_args():
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
     check_flags(args)
-    check_out(args.out)
+    if os.path.isdir(args.out):
+        fail(f"--out {args.out} is a folder; name a file in it")
+    check_out(os.path.dirname(args.out))
     return args
 
 
@@ -156,6 +156,8 @@ def reading(what, mend):
     """Turns any error inside into one line for the user: libraries raise anything where a file is damaged."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.200}); {mend}")
 
@@ -166,15 +168,17 @@ def check_flags(args, *may_be_zero):
         zero_too = name in (*may_be_zero, "seed", "local_rank")
         for value in values if isinstance(values, list) else [values]:
             if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
-                fail(f"--{name} {value}: give a number {'of 0 or more' if zero_too else 'above 0'}")
+                fail(f"--{name} {value}: give a finite number {'of 0 or more' if zero_too else 'above 0'}")
 
 
-def check_out(path):
-    """Fails where a file cannot be written at `path`: now, before the run is paid for."""
-    folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        fail(f"--out {path}: it is a folder, or its folder cannot be written; name another file")
+def check_out(folder):
+    """Fails where the folder cannot be made and written: now, before the run is paid for."""
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        if not os.access(folder or ".", os.W_OK):
+            raise PermissionError("it cannot be written")
+    except OSError as error:
+        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
 
 
 def init_process(args):
@@ -225,11 +229,12 @@ def read_jsonl(path, *keys):
                         texts = [turn[name] for turn in row[key] for name in ("role", "content")]
                     if not all(isinstance(text, str) for text in texts) or key == "prompt" and not row[key]:
                         raise TypeError(f"`{key}` holds no text")
+                    "".join(texts).encode()  # a lone surrogate is no text
                 yield row
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write rows with {', '.join(keys)}, as splits.py does")
+        fail(f"{path}, line {number}: {error!r:.100}; write an object with {', '.join(keys) or 'its keys'}")
     if not number:
         fail(f"{path}: it holds no rows")
 
@@ -265,8 +270,8 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The
-    space that a response to a plain-text prompt starts with goes where there is a chat template."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. A
+    leading space parts a response from a plain-text prompt. With a chat template it is removed."""
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 

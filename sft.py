@@ -68,6 +68,7 @@ def parse_args():
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
     check_flags(args, "weight_decay", "warmup_steps", "save_steps", "eval_rows")
+    check_out(args.out)
     args.epochs = args.epochs or (None if args.max_steps else 1.0)
     return args
 
@@ -99,10 +100,11 @@ def main():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (  # warm-up, then a cosine to 0
         (step + 1) / args.warmup_steps if step < args.warmup_steps else
         0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
-                                  config=deepspeed_config(args, device, optimizer))[0]
+    config = deepspeed_config(args, device, optimizer)
+    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json given here"):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
-    state = start_run(engine, args)  # with --resume the last checkpoint's
+    state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
 
     # ---- training
     nll, tokens, targets, start = torch.zeros(1, device=device), 0, 0, time.time()
@@ -176,7 +178,7 @@ def mean_nll(model, examples, args, to_batch):
 
 def read_examples(path, tokenizer, max_length, limit=0):
     """Token ids (prompt, response) of the rows that fit in max_length, of the file's first `limit` rows."""
-    first, examples, number = next(read_jsonl(path)), [], 0
+    first, examples, number = next(read_jsonl(path, "prompt")), [], 0
     key = next((key for key in ("chosen", "label", "response") if key in first), "chosen")
     stream = islice(read_jsonl(path, "prompt", key), limit or None)
     for number, row in enumerate(tqdm(stream, "tokenising", unit=" rows", disable=dist.get_rank() > 0), 1):
@@ -226,7 +228,7 @@ def deepspeed_config(args, device, optimizer):
         with open(args.deepspeed_config) as file:
             config = json.load(file)
         clipping = float(config.get("gradient_clipping", 0))
-        assert config["zero_optimization"]["stage"] in (1, 2), "zero_optimization.stage must be 1 or 2"
+        assert clipping >= 0 and config["zero_optimization"]["stage"] in (1, 2), "ZeRO-1 or 2, clipping of 0 or more"
     config |= {"train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
                "steps_per_print": 2**31, "gradient_clipping": clipping,
                "bf16": {"enabled": device.type == "cuda" and args.dtype == "bf16"}}
@@ -252,7 +254,8 @@ def start_run(engine, args):
     files = {f"sha256 of {path}": sha256(path) for path in map(vars(args).get, names) if path}
     run = vars(args) | {"processes": dist.get_world_size()} | files
     state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
-    saved = sorted(glob.glob("step*", root_dir=folder), key=lambda name: int(name[4:]))
+    saved = sorted((name for name in glob.glob("step*", root_dir=folder) if name[4:].isdigit()),
+                   key=lambda name: int(name[4:]))
     if bool(saved) != args.resume:
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
@@ -266,7 +269,6 @@ def start_run(engine, args):
                     fail(f"--resume: {name} was {before} and is now {value}; go on as the run began")
             state |= engine.load_checkpoint(folder, tag=saved[-1])[1]
     if dist.get_rank() == 0:
-        os.makedirs(args.out, exist_ok=True)
         versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
         with open(f"{args.out}/args.json", "w") as file:
             json.dump(run | {"versions": versions}, file, indent=2)
@@ -322,8 +324,9 @@ def save_checkpoint(engine, args, state, **tensors):
 
 
 def save_model(lm, tokenizer, args, head=None):
-    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes. A policy's reward
-    head lies beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
+    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes. A policy's reward head
+    lies beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
+    dist.barrier()  # every process has read the checkpoint
     if dist.get_rank() == 0:
         partial = f"{args.out}/partial"
         lm.save_pretrained(partial)
@@ -351,6 +354,8 @@ def reading(what, mend):
     """Turns any error inside into one line for the user: libraries raise anything where a file is damaged."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.200}); {mend}")
 
@@ -361,7 +366,17 @@ def check_flags(args, *may_be_zero):
         zero_too = name in (*may_be_zero, "seed", "local_rank")
         for value in values if isinstance(values, list) else [values]:
             if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
-                fail(f"--{name} {value}: give a number {'of 0 or more' if zero_too else 'above 0'}")
+                fail(f"--{name} {value}: give a finite number {'of 0 or more' if zero_too else 'above 0'}")
+
+
+def check_out(folder):
+    """Fails where the folder cannot be made and written: now, before the run is paid for."""
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        if not os.access(folder or ".", os.W_OK):
+            raise PermissionError("it cannot be written")
+    except OSError as error:
+        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
 
 
 def init_process(args):
@@ -412,11 +427,12 @@ def read_jsonl(path, *keys):
                         texts = [turn[name] for turn in row[key] for name in ("role", "content")]
                     if not all(isinstance(text, str) for text in texts) or key == "prompt" and not row[key]:
                         raise TypeError(f"`{key}` holds no text")
+                    "".join(texts).encode()  # a lone surrogate is no text
                 yield row
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write rows with {', '.join(keys)}, as splits.py does")
+        fail(f"{path}, line {number}: {error!r:.100}; write an object with {', '.join(keys) or 'its keys'}")
     if not number:
         fail(f"{path}: it holds no rows")
 
@@ -468,8 +484,8 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. The
-    space that a response to a plain-text prompt starts with goes where there is a chat template."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. A
+    leading space parts a response from a plain-text prompt. With a chat template it is removed."""
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
