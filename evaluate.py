@@ -116,9 +116,11 @@ def main(argv=None):
         comparisons += [{"policy": policy, "opponent": opponent, **part,
                          **compare(members, args.bootstrap, args.seed)} for part, members in split(known)]
     if not comparisons:
-        fail(f"no pair has a verdict; read the answers in {out('verdicts.jsonl')}" if args.judge else
-             f"--reward_fn {args.reward_fn}: no pair has two rewards, NaN is returned; return numbers" if args.reward_fn
-             else "no pair has rewards on both sides, all are NaN; score with a larger --max_length")
+        if args.judge:
+            fail(f"no pair has a verdict; read the answers in {out('verdicts.jsonl')}")
+        fail("no pair has rewards on both sides, all are NaN; " + (
+            f"let --reward_fn {args.reward_fn} return numbers" if args.reward_fn else
+            "score with a larger --max_length"))
 
     # ---- tables and pictures
     text = report(summary + comparisons, left_out)

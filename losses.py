@@ -100,8 +100,8 @@ def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_reje
     (r*(x, y_w) - r*(x, y_l) - (r^_w - r^_l))^2  -  alpha (1 - p_w)^gamma log(pi(y_w|x) / (1 - pi(y_l|x)))
 
     with p_w = sigma(z_w - z_l). The first term is `distillation_loss`, the reward difference. The second is
-    `contrastive_loss`, the focal contrastive log-unlikelihood. Its sign is the printed one, which raises
-    pi(y_l|x) at a fixed focal factor, against the name: by a gradient of pi(y_l|x), about 0 for whole responses.
+    `contrastive_loss`, the focal contrastive log-unlikelihood. Its sign is the printed one. At a fixed focal
+    factor it raises pi(y_l|x), against the name, but by a gradient of pi(y_l|x): about 0 for whole responses.
 
     Args: log-probs, the policy's own rewards r^ and the Oracle's rewards r*, each (B,); preference_logits as
     in `contrastive_loss`.  Returns: (B,).

@@ -1,12 +1,12 @@
 """Scores responses with one Oracle or K of them, once: the only program that scores anything.
 
 In:   reward models (out/oracle), and a JSONL: prompt, chosen, rejected; or prompt, response (generations)
-Out:  rewards.pt: a dict that torch.load(weights_only=True) reads. Tensors, float32, (K, N), K Oracles by N rows in
-      file order, NaN where a row has over --max_length tokens: `chosen` and `rejected`; or `response`, and
-      `reference` if rows carry one. `oracles`: the K folders. `data_sha256`: that of the scored file.
+Out:  rewards.pt: a dict that torch.load(weights_only=True) reads. Tensors, float32, (K, N), K Oracles by N
+      rows in file order, NaN where a row has over --max_length tokens: `chosen` and `rejected`; or `response`,
+      and `reference` if rows carry one. `oracles`: the K folders. `data_sha256`: that of the scored file.
 
     deepspeed precompute_rewards.py                                                 # for align.py --loss drdo
-    deepspeed precompute_rewards.py --oracle out/reward_model_{1,2,3} --out ensemble.pt         # for --loss edpo
+    deepspeed precompute_rewards.py --oracle out/reward_model_{1,2,3} --out ensemble.pt      # for --loss edpo
     deepspeed precompute_rewards.py --data out/drdo/generations.jsonl --out out/drdo/rewards.pt    # evaluate.py
     deepspeed --num_gpus 2 precompute_rewards.py --oracle Skywork/Skywork-Reward-V2-Llama-3.2-1B
 
@@ -82,7 +82,7 @@ def main():
         max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
         fits = [i for i, text in enumerate(ids) if len(text) <= max_length]
         if not fits:
-            fail(f"{args.data}: no row fits in --max_length {max_length} tokens, or the model's positions; raise it")
+            fail(f"{args.data}: no row fits in --max_length {max_length}, or the model's positions; raise it")
         scores = torch.full((len(texts) + 1,), math.nan)  # the last is the reward of no text, number -1
         scores[fits] = score(model, [ids[i] for i in fits], tokenizer.pad_token_id, args.micro_batch_size,
                              device, folder)
@@ -99,7 +99,7 @@ def main():
         os.replace(args.out + ".partial", args.out)
         scored = torch.stack([rewards[key] for key in keys]).isfinite().all(0).all(0)  # (N,)
         print(f"{args.out}: rewards of {len(scored)} rows by {len(args.oracle)} oracles; NaN for "
-              f"{int((~scored).sum())} rows over --max_length {args.max_length} tokens, or the model's positions")
+              f"{int((~scored).sum())} rows over --max_length {args.max_length}, or the model's positions")
         for k, folder in enumerate(args.oracle):
             figures = [f"mean {key} reward {column[k].nanmean():.3f}" for key, column in rewards.items()]
             if keys[0] == "chosen":

@@ -102,7 +102,7 @@ def main():
         0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
     config = deepspeed_config(args, device, optimizer)
     with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json given here"):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+        engine = deepspeed.initialize(config=config, model=model, optimizer=optimizer, lr_scheduler=schedule)[0]
     to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
     state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
 
@@ -228,7 +228,8 @@ def deepspeed_config(args, device, optimizer):
         with open(args.deepspeed_config) as file:
             config = json.load(file)
         clipping = float(config.get("gradient_clipping", 0))
-        assert clipping >= 0 and config["zero_optimization"]["stage"] in (1, 2), "ZeRO-1 or 2, clipping of 0 or more"
+        stage = config["zero_optimization"]["stage"]
+        assert stage in (1, 2) and clipping >= 0, f"ZeRO stage {stage} is not 1 or 2, or clipping is negative"
     config |= {"train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
                "steps_per_print": 2**31, "gradient_clipping": clipping,
                "bf16": {"enabled": device.type == "cuda" and args.dtype == "bf16"}}
@@ -324,8 +325,8 @@ def save_checkpoint(engine, args, state, **tensors):
 
 
 def save_model(lm, tokenizer, args, head=None):
-    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes. A policy's reward head
-    lies beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
+    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes. A policy's head lies
+    beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
     dist.barrier()  # every process has read the checkpoint
     if dist.get_rank() == 0:
         partial = f"{args.out}/partial"

@@ -140,12 +140,12 @@ def test_reward_function(tmp_path, capsys):
     code = tmp_path / "mine.py"
     code.write_text("def reward(row):\n    return len(row['response'].split()) - (not row['eos'])\n"
                     "def broken(row):\n    return 1 / (row['prompt'] != 'p2')\n"
-                    "def text(row):\n    return 'good'\n")
+                    "def text(row):\n    return '3'\n")
     rows = [row("us", "p1", "a b c", eos=False, reference="a b"), row("us", "p2", "a", reference="a b")]
     data, _ = write(tmp_path / "g.jsonl", rows)
     flags = ["--generations", data, "--against", "reference", "--reward_fn"]
     for name, expected in (("broken", f"{data}, line 2 (ZeroDivisionError"),
-                           ("text", f"{data}, line 1 (ValueError")):
+                           ("text", f"{data}, line 1 (TypeError")):
         message = refused(capsys, tmp_path, *flags, f"{code}:{name}")
         assert f"{code}:{name}" in message and expected in message
     assert "absent" in refused(capsys, tmp_path, *flags, f"{code}:absent")

@@ -127,13 +127,13 @@ def test_a_model_that_ignores_the_mask_is_refused(models, capsys):
     model, _ = models
     to_batch = functools.partial(align.collate, pad_token_id=PAD, device="cpu")
     args = Namespace(model="folder", dtype="fp32")
-    align.check_layout(model, pairs()[3], to_batch, args)  # as it should be
+    align.check_layout(model.lm, pairs()[3], to_batch, args)  # as it should be
     base = model.lm.base_model
     plain = base.forward
     base.forward = lambda *ids, **inputs: plain(*ids, **{**inputs, "attention_mask": None})
     try:
         with pytest.raises(SystemExit) as exit:
-            align.check_layout(model, pairs()[3], to_batch, args)
+            align.check_layout(model.lm, pairs()[3], to_batch, args)
     finally:
         del base.forward
     assert exit.value.code == 2 and "in the row of a pair" in capsys.readouterr().err

@@ -227,12 +227,10 @@ def test_bf16_and_zero_2_on_two_processes(lab, tmp_path):
     flags = [*align_flags(lab, "drdo"), "--max_steps", 8, "--save_steps", 4]
     bf16 = [*flags, "--dtype", "bf16"]
     together((run, *flags, "--out", tmp_path / "fp32"), (partial(stop_while_saving, processes=2), bf16, tmp_path / "bf16"))
-    assert "dtype was bf16 and is now fp32" in run(*flags, "--out", tmp_path / "bf16", "--resume", processes=2, expect=2)
-    together((partial(run, processes=2), *bf16, "--out", tmp_path / "bf16", "--resume"),
-             (partial(run, processes=2), *bf16, "--out", tmp_path / "whole"))
+    run(*bf16, "--out", tmp_path / "bf16", "--resume", processes=2)
     assert json.load(open(tmp_path / "bf16" / "args.json"))["dtype"] == "bf16"
-    fp32, bf16, whole = (read_log(tmp_path / name) for name in ("fp32", "bf16", "whole"))
-    assert bf16 == whole and bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.03)
+    fp32, bf16 = read_log(tmp_path / "fp32"), read_log(tmp_path / "bf16")
+    assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.03)
     weights = load_file(tmp_path / "bf16" / "model.safetensors")
     assert all(weight.dtype == torch.float32 for weight in weights.values())
     start = load_file(lab / "sft" / "model.safetensors")  # the steps are not those of the first weights
