@@ -145,7 +145,7 @@ def main():
         0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
     config = deepspeed_config(args, device, optimizer)
     with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json given here"):
-        engine = deepspeed.initialize(config=config, model=model, optimizer=optimizer, lr_scheduler=schedule)[0]
+        engine, *_ = deepspeed.initialize(None, model, optimizer, lr_scheduler=schedule, config=config)
     to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
     check_layout(lm, max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:]))), to_batch, args)
     state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
@@ -353,27 +353,20 @@ def warn_if_quiet(window, args):
 
 def load_split(path, rewards_path, tokenizer, args, limit=0):
     """The pairs of a preference file (of its first `limit` rows), and their Oracle rewards, (K, N, 2) or NaN.
-    Drops pairs over --max_length and pairs that were too long for an Oracle, NaN in rewards.pt."""
+    Drops pairs over --max_length, and pairs that were too long for an Oracle: NaN in rewards.pt."""
     pairs, rows = read_pairs(path, tokenizer, args.max_length, limit)
     if not rewards_path or args.loss not in ("drdo", "edpo"):
         return pairs, torch.full((1, len(pairs), 2), math.nan)
-    mend = f"run precompute_rewards.py --data {path} --out {rewards_path}"
-    with reading(rewards_path, mend):
-        saved = torch.load(rewards_path, weights_only=True)
-        oracle = torch.stack([saved["chosen"], saved["rejected"]], dim=-1).float()  # (K, rows of the file, 2)
-        of_file = saved["data_sha256"]
-        assert oracle.ndim == 3 and len(oracle), f"rewards of shape {tuple(oracle.shape)}, not (K, N, 2)"
-    if of_file != sha256(path):
-        fail(f"{rewards_path} scores a file of sha256 {of_file}, but {path} has {sha256(path)}; {mend}")
-    with open(path, "rb") as file:
-        if oracle.shape[1] != sum(1 for _ in file):
-            fail(f"{rewards_path}: {oracle.shape[1]} rewards, but {path} has another number of rows; {mend}")
-    scored = oracle[:, rows].isfinite().all(2).all(0)  # (N,)
-    if not scored.any():
-        fail(f"{rewards_path}: no pair has finite rewards of both responses; {mend}")
+    with reading(rewards_path, f"run precompute_rewards.py --data {path} --out {rewards_path}"):
+        saved, sha = torch.load(rewards_path, weights_only=True), sha256(path)
+        scored_sha = saved["data_sha256"]
+        assert scored_sha == sha, f"it scores a file of sha256 {scored_sha}, but {path} has {sha}"
+        oracle = torch.stack([saved["chosen"], saved["rejected"]], dim=-1).float()[:, rows]
+        scored = oracle.isfinite().all(2).all(0)  # (N,)
+        assert len(oracle) and scored.any(), "no pair has finite rewards of both responses"
     if dist.get_rank() == 0 and not scored.all():
         print(f"{path}: {int((~scored).sum())} pairs dropped: too long for an Oracle")
-    return [pair for pair, keep in zip(pairs, scored) if keep], oracle[:, rows[scored]]
+    return [pair for pair, keep in zip(pairs, scored) if keep], oracle[:, scored]
 
 
 def read_pairs(path, tokenizer, max_length, limit=0):
@@ -445,31 +438,30 @@ def deepspeed_config(args, device, optimizer):
 
 
 def start_run(engine, args):
-    """The step to start from, what the run is (its flags and files), and with --resume what the newest
-    checkpoint keeps beside weights and optimizer. --resume refuses other files, another number of processes,
-    and other flags but for `may_change`. Without it a folder with a checkpoint is refused; what a finished
-    run left is replaced.
-    """
-    may_change = ["resume", "local_rank", "log_steps", "eval_steps", "save_steps", "micro_batch_size",
-                  "gradient_checkpointing", "out"]
-    names = ["data", "eval_data", "oracle_rewards", "eval_oracle_rewards", "deepspeed_config"]
+    """The step to start from, what the run is (flags and files), and what a checkpoint keeps beside weights and
+    optimizer. --resume loads the newest one. It refuses other files, another number of processes and other
+    flags but for `may_change`. Without it a folder with a checkpoint is refused, a finished run replaced."""
+    may_change = ("resume", "local_rank", "log_steps", "eval_steps", "save_steps", "micro_batch_size",
+                  "gradient_checkpointing", "out")
+    names = "data", "eval_data", "oracle_rewards", "eval_oracle_rewards", "deepspeed_config"
     files = {f"sha256 of {path}": sha256(path) for path in map(vars(args).get, names) if path}
     run = vars(args) | {"processes": dist.get_world_size()} | files
     state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
-    saved = sorted((name for name in glob.glob("step*", root_dir=folder) if name[4:].isdigit()),
-                   key=lambda name: int(name[4:]))
-    if bool(saved) != args.resume:
-        fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
-             f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
+    names = glob.glob("step*", root_dir=folder)
+    saved = max((int(name[4:]) for name in names if name[4:].isdigit()), default=0)  # the newest's step
+    if args.resume and not saved:
+        fail(f"--resume: {folder} holds no checkpoint; start without --resume")
+    if saved and not args.resume:
+        fail(f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {folder}/{saved[-1]}", "delete it to start anew"):
-            with open(f"{folder}/{saved[-1]}/state.json") as file:
+        with reading(f"--resume: {folder}/step{saved}", "delete it to start anew"):
+            with open(f"{folder}/step{saved}/state.json") as file:
                 state = json.load(file)
             for name, value in run.items():
                 before = state["run"].get(name)
                 if name not in may_change and value != before:
                     fail(f"--resume: {name} was {before} and is now {value}; go on as the run began")
-            state |= engine.load_checkpoint(folder, tag=saved[-1])[1]
+            state |= engine.load_checkpoint(folder, tag=f"step{saved}")[1]
     if dist.get_rank() == 0:
         versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
         with open(f"{args.out}/args.json", "w") as file:
@@ -526,8 +518,8 @@ def save_checkpoint(engine, args, state, **tensors):
 
 
 def save_model(lm, tokenizer, args, head=None):
-    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes. A policy's head lies
-    beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
+    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes. A policy's head is
+    put beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
     dist.barrier()  # every process has read the checkpoint
     if dist.get_rank() == 0:
         partial = f"{args.out}/partial"
@@ -559,7 +551,7 @@ def reading(what, mend):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.200}); {mend}")
+        fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.300}); {mend}")
 
 
 def check_flags(args, *may_be_zero):
@@ -573,12 +565,9 @@ def check_flags(args, *may_be_zero):
 
 def check_out(folder):
     """Fails where the folder cannot be made and written: now, before the run is paid for."""
-    try:
+    with reading(f"--out {folder}", "name another folder"):
         os.makedirs(folder or ".", exist_ok=True)
-        if not os.access(folder or ".", os.W_OK):
-            raise PermissionError("it cannot be written")
-    except OSError as error:
-        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
+        assert os.access(folder or ".", os.W_OK), "it cannot be written"
 
 
 def init_process(args):

@@ -159,7 +159,7 @@ def reading(what, mend):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.200}); {mend}")
+        fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.300}); {mend}")
 
 
 def check_flags(args, *may_be_zero):
@@ -173,12 +173,9 @@ def check_flags(args, *may_be_zero):
 
 def check_out(folder):
     """Fails where the folder cannot be made and written: now, before the run is paid for."""
-    try:
+    with reading(f"--out {folder}", "name another folder"):
         os.makedirs(folder or ".", exist_ok=True)
-        if not os.access(folder or ".", os.W_OK):
-            raise PermissionError("it cannot be written")
-    except OSError as error:
-        fail(f"--out: cannot make or write the folder {folder} ({error}); name another")
+        assert os.access(folder or ".", os.W_OK), "it cannot be written"
 
 
 def init_process(args):

@@ -143,8 +143,8 @@ def test_unit_oracle_distils_differences_of_std_1(lab, tmp_path):
     margins = (rewards["chosen"] - rewards["rejected"])
     margins = margins[:, margins.isfinite().all(0)].mean(0)
     flags = ["--batch_size", len(margins), "--micro_batch_size", len(margins), "--max_steps", 1, "--eval_data", ""]
-    for name, more in (("plain", []), ("unit", ["--unit_oracle"])):
-        run(*align_flags(lab, "drdo", "ensemble.pt"), *flags, *more, "--out", tmp_path / name)
+    together(*((run, *align_flags(lab, "drdo", "ensemble.pt"), *flags, *more, "--out", tmp_path / name)
+               for name, more in (("plain", []), ("unit", ["--unit_oracle"]))))
     plain, unit = (read_log(tmp_path / name, "oracle/margins")[0] for name in ("plain", "unit"))
     assert plain == pytest.approx(margins.mean().item(), rel=1e-4)
     assert unit == pytest.approx((margins.mean() / margins.std()).item(), rel=1e-4)
