@@ -123,9 +123,9 @@ def contrastive_loss(chosen_logps, rejected_logps, gamma=2.0, preference_logits=
     """Eq. 6, second term without alpha: -(1 - p_w)^gamma log(pi(y_w|x) / (1 - pi(y_l|x))).
 
     p_w = sigma(z_w - z_l). preference_logits, (B,), stands in for z_w - z_l there: a difference of mean
-    log-probs, or a detached one. A difference of summed log-probs is many nats and follows the lengths. So p_w
-    is near 0 or 1 for most pairs from step 1 on, and its mean is about the share of pairs whose chosen response
-    is the likelier one, often the shorter.
+    log-probs, or a detached one. A difference of summed log-probs is many nats and follows the lengths. So
+    p_w is near 0 or 1 for most pairs from step 1 on, and its mean is about the share of pairs whose chosen
+    response is the likelier one, often the shorter.
 
     Args: summed log-probs (B,).  Returns: (B,).
     """
@@ -176,7 +176,7 @@ def response_logps(hidden, lm_head, input_ids, segments, num_responses=2, max_lo
     Returns: (B, num_responses), fp32 at least; 0 where a row has no such response.
     """
     left, right = segments[:, :-1], segments[:, 1:]
-    scored = (right > 0) & (right <= num_responses) & (right == left)  # a copy has another segment on its left
+    scored = (right > 0) & (right <= num_responses) & (right == left)  # no copy: its left is another segment
     row, column = scored.nonzero(as_tuple=True)  # (N,) each, column the left neighbour's
     states, tokens = hidden[row, column], input_ids[row, column + 1]  # (N, H), (N,)
     chunk = max(1, max_logits // lm_head.weight.shape[0])

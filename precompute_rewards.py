@@ -2,12 +2,12 @@
 
 In:   reward models (out/oracle), and a JSONL: prompt, chosen, rejected; or prompt, response (generations)
 Out:  rewards.pt: a dict that torch.load(weights_only=True) reads. Tensors, float32, (K, N), K Oracles by N
-      rows in file order, NaN where a row has over --max_length tokens: `chosen` and `rejected`; or `response`,
-      and `reference` if rows carry one. `oracles`: the K folders. `data_sha256`: that of the scored file.
+      rows in file order, NaN where a row has over --max_length tokens: `chosen` and `rejected`; or
+      `response`, and `reference` if rows carry one. `oracles`: the K folders. `data_sha256`: the file's.
 
     deepspeed precompute_rewards.py                                                 # for align.py --loss drdo
     deepspeed precompute_rewards.py --oracle out/reward_model_{1,2,3} --out ensemble.pt      # for --loss edpo
-    deepspeed precompute_rewards.py --data out/drdo/generations.jsonl --out out/drdo/rewards.pt    # evaluate.py
+    deepspeed precompute_rewards.py --data out/drdo/generations.jsonl --out out/drdo/rewards.pt   # evaluate
     deepspeed --num_gpus 2 precompute_rewards.py --oracle Skywork/Skywork-Reward-V2-Llama-3.2-1B
 
 Any AutoModelForSequenceClassification with one label and a linear head `score` serves as an Oracle. Its
@@ -95,7 +95,8 @@ def main():
     # ---- save and report
     rewards = {key: torch.stack(columns) for key, columns in rewards.items()}  # (K, N)
     if rank == 0:
-        torch.save(rewards | {"oracles": args.oracle, "data_sha256": sha256(args.data)}, args.out + ".partial")
+        extra = {"oracles": args.oracle, "data_sha256": sha256(args.data)}
+        torch.save(rewards | extra, args.out + ".partial")
         os.replace(args.out + ".partial", args.out)
         scored = torch.stack([rewards[key] for key in keys]).isfinite().all(0).all(0)  # (N,)
         print(f"{args.out}: rewards of {len(scored)} rows by {len(args.oracle)} oracles; NaN for "
