@@ -438,7 +438,7 @@ def deepspeed_config(args, device, optimizer):
 
 
 def start_run(engine, args):
-    """The step to start from, what the run is (flags and files), and what a checkpoint keeps beside weights
+    """The step to start from, what the run is (flags, files), and what a checkpoint keeps beside weights
     and optimizer. --resume loads the newest one. It refuses other files, another number of processes and other
     flags but for `may_change`. Without it a folder with a checkpoint is refused, a finished run replaced."""
     may_change = ("resume", "local_rank", "log_steps", "eval_steps", "save_steps", "micro_batch_size",
