@@ -187,9 +187,10 @@ def main():
             window, tokens, start = [], 0, time.time()
         if args.keep_steps and step % args.keep_steps == 0:
             save_model(lm, tokenizer, f"{args.out}/step{step}", score)
+    dist.barrier()  # every process has read the checkpoint, which goes
     save_model(lm, tokenizer, args.out, score)
-    dist.barrier()  # every process has read the checkpoint
-    shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
+    if rank == 0:
+        shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
     dist.destroy_process_group()
 
 
@@ -641,3 +642,7 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a full disk, no permission, a folder that has vanished
         fail(f"{error}; mend that and run again")
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(10)  # if another process has failed, the launcher ends this one before it complains
+        raise

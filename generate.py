@@ -252,3 +252,7 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a full disk, no permission, a folder that has vanished
         fail(f"{error}; mend that and run again")
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(10)  # if another process has failed, the launcher ends this one before it complains
+        raise

@@ -134,9 +134,10 @@ def main():
             if saves:
                 save_checkpoint(engine, args, state | {"step": step})
             nll, tokens, targets, start = torch.zeros(1, device=device), 0, 0, time.time()
+    dist.barrier()  # every process has read the checkpoint, which goes
     save_model(lm, tokenizer, args.out)
-    dist.barrier()  # every process has read the checkpoint
-    shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
+    if rank == 0:
+        shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
     dist.destroy_process_group()
 
 
@@ -467,3 +468,7 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a full disk, no permission, a folder that has vanished
         fail(f"{error}; mend that and run again")
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(10)  # if another process has failed, the launcher ends this one before it complains
+        raise
