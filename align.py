@@ -1,7 +1,8 @@
 """Aligns an SFT policy to preferences, offline: DRDO (arXiv 2410.08458), DPO, e-DPO or IPO.
 
 In:   out/sft, data/all/train.jsonl (prompt, chosen, rejected); for drdo and edpo the Oracle's rewards.pt
-Out:  out/<loss>/: model, tokenizer, score.safetensors (DRDO's reward head), args.json, log.jsonl, checkpoint/
+Out:  out/<loss>/: model, tokenizer, score.safetensors (DRDO's reward head), args.json, log.jsonl; checkpoint/
+      while it runs; with --keep_steps the policies on the way, step<k>/
 
     deepspeed align.py --loss drdo --oracle_rewards rewards.pt
     deepspeed align.py --loss dpo --beta 0.1
@@ -9,8 +10,8 @@ Out:  out/<loss>/: model, tokenizer, score.safetensors (DRDO's reward head), arg
     deepspeed --num_gpus 2 align.py --loss drdo --oracle_rewards rewards.pt --gradient_checkpointing
     deepspeed align.py --loss drdo --oracle_rewards rewards.pt --resume  # from the last checkpoint
 
-The way of one pair: read_jsonl -> Rows (encode_prompt, encode_response) -> PairModel (collate, pair_mask,
-response_logps, last_token_rewards) -> loss_and_metrics (losses.py) -> engine.backward and step.
+The way of one pair: Rows (encode_prompt, encode_response) -> PairModel (collate, pair_mask; of losses.py
+response_logps, last_token_rewards) -> loss_and_metrics (calls losses.py) -> engine.backward and step.
 
 Only the policy is in memory: precompute_rewards.py has computed the Oracle's rewards. DRDO has no reference
 model. The reference of DPO, e-DPO and IPO is the policy before its first step: its log-probs are taken once.
@@ -20,7 +21,6 @@ text says (their Table 6 makes 96). Prompts are not cut at 512 tokens; pairs ove
 Biases and norms are not decayed. Dropout is off. tests/PAPER.md lists every choice that the paper leaves.
 """
 import argparse
-import functools
 import hashlib
 import json
 import logging
@@ -54,34 +54,34 @@ def parse_args():
     flag = parser.add_argument_group("method").add_argument
     flag("--loss", required=True, choices=["drdo", "dpo", "edpo", "ipo"], help="Eq. 6, Eq. 3, Eq. 4, IPO")
     flag("--oracle_rewards", help="drdo, edpo: rewards.pt of --data. drdo takes the mean of its Oracles")
-    flag("--eval_oracle_rewards", help="the same of --eval_data; without it drdo and edpo evaluate no loss")
+    flag("--eval_oracle_rewards", help="rewards.pt of --eval_data; without it drdo and edpo log no eval_loss")
     flag("--alpha", type=float, default=0.1, help="drdo: weight of the contrastive log-unlikelihood")
     flag("--gamma", type=float, default=2.0, help="drdo: focal exponent of (1 - p_w)")
-    flag("--beta", type=float, default=0.1, help="scale of the log-prob rewards (all but drdo with a head)")
+    flag("--beta", type=float, default=0.1, help="dpo, edpo, ipo; drdo with logps or log_ratio")
     flag("--ensemble", choices=["mean", "min"], default="mean",
          help="edpo: distil the mean of the reward models, or for each pair the nearest one")
     flag = parser.add_argument_group("readings of Eq. 6 (default: the paper's), controls").add_argument
     flag("--student_rewards", choices=["head", "logps", "log_ratio"], default="head",
-         help="drdo: r^ is a linear head at the last response token; beta * log pi(y|x); or that less its "
-              "value at the start, which is no longer reference-free")
+         help="drdo: what r^ is. head: a linear head at EOS. logps: beta * log pi(y|x). log_ratio: beta * "
+              "(log pi - log pi at the start), which is no longer reference-free")
     flag("--p_w", choices=["sum", "mean"], default="sum", help="drdo: p_w of summed or of mean log-probs")
     flag("--detach_focal", action="store_true", help="drdo: no gradient through (1 - p_w)^gamma (A.5)")
     flag("--unit_oracle", action="store_true",
          help="drdo, edpo: divide the Oracle's rewards by the std of their differences on the training pairs")
-    flag("--nll_coef", type=float, default=0.0, help="add so much of -log pi(y_w|x), summed, to any loss")
+    flag("--nll_coef", type=float, default=0.0, help="any loss: weight of an added -log pi(y_w|x), summed")
     flag = parser.add_argument_group("data and model").add_argument
     flag("--model", default="out/sft", help="the SFT policy: a folder or a hub name")
     flag("--data", default="data/all/train.jsonl", help="preference JSONL to train on")
     flag("--eval_data", default="data/all/validation.jsonl", help="held-out preference JSONL; '' for none")
-    flag("--out", help="folder to write (default: out/<loss>)")
+    flag("--out", help="folder to write; None: out/<loss>")
     flag("--max_length", type=int, default=1024, help="drop pairs whose prompt + response has more tokens")
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--batch_size", type=int, default=64, help="pairs an optimizer step, over all processes")
-    flag("--micro_batch_size", type=int, help="pairs a forward pass, on one process (default: 8, or less)")
+    flag("--batch_size", type=int, default=64, help="pairs per optimizer step, over all processes")
+    flag("--micro_batch_size", type=int, help="pairs per forward pass, on one process; None: at most 8")
     flag("--learning_rate", type=float, default=5e-6, help="peak, after warm-up; then cosine to 0")
     flag("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
-    flag("--warmup_steps", type=int, help="linear warm-up (default: a tenth of the run, at most 100)")
-    flag("--max_steps", type=int, help="optimizer steps (default: 1000, or what --epochs takes)")
+    flag("--warmup_steps", type=int, help="linear warm-up; None: a tenth of the run, at most 100")
+    flag("--max_steps", type=int, help="optimizer steps; None: 1000, or what --epochs takes")
     flag("--epochs", type=float, help="passes over the data, in place of --max_steps")
     flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
     flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
@@ -116,20 +116,21 @@ def main():
     if args.eval_data:
         eval_pairs, eval_oracle = load_split(args.eval_data, args.eval_oracle_rewards, tokenizer, args,
                                               args.eval_rows)
-    if args.unit_oracle:
+    if args.unit_oracle and args.loss in ("drdo", "edpo"):
         std = (oracle[..., 0] - oracle[..., 1]).mean(0).std()
         if not std > 0:  # NaN too
-            fail(f"--unit_oracle: the differences in {args.oracle_rewards} have no spread; leave it away")
+            fail(f"--unit_oracle: the differences in {args.oracle_rewards} have no spread; omit it")
         oracle, eval_oracle = oracle / std, eval_oracle / std if eval_pairs else None
     row_tokens, response_tokens = pairs.lengths.sum(1), torch.tensor(pairs.lengths[:, 1:])  # (N,), (N, 2)
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
     max_steps = len(steps)
 
     # ---- model, optimizer, engine
-    score = None
+    width, score = lm.get_output_embeddings().weight.shape[1], None  # H; OPT projects hidden states to it
     if args.loss == "drdo" and args.student_rewards == "head":
-        torch.manual_seed(args.seed + 2**31)  # oracle.py draws its head from args.seed: this is another
-        score = reward_head(lm)
+        torch.manual_seed(args.seed + 2**31)  # not the seed of oracle.py's head: the two start apart
+        score = torch.nn.Linear(width, 1, bias=False)
+        torch.nn.init.normal_(score.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, arXiv 2009.01325
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PairModel(lm, score, bf16=args.dtype == "bf16")
@@ -144,7 +145,7 @@ def main():
     check_layout(lm, pairs, args)
     state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
 
-    # ---- the reference: log pi(y|x) of the policy before its first step, (N, 2). NaN: not needed
+    # ---- the reference: log pi(y|x) of the policy before its first step, (N, 2); NaN for losses without one
     reference, eval_reference = (torch.full((len(split), 2), math.nan) for split in (pairs, eval_pairs))
     if args.resume:
         reference, eval_reference = state["reference"], state["eval_reference"]
@@ -158,10 +159,10 @@ def main():
     bar = tqdm(steps[done:], f"align {args.loss}", initial=done, total=max_steps, disable=rank > 0)
     for step, rows in enumerate(bar, done + 1):
         learning_rate = optimizer.param_groups[0]["lr"]
-        for micro in rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]:
+        for micro in rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]:  # this process's share
             logps, rewards = engine([pairs[i] for i in micro])
-            loss, metrics = loss_and_metrics(args, logps, rewards, *(x.to(device) for x in (
-                reference[micro], oracle[:, micro], response_tokens[micro])))
+            inputs = reference[micro], oracle[:, micro], response_tokens[micro]
+            loss, metrics = loss_and_metrics(args, logps, rewards, *(x.to(device) for x in inputs))
             engine.backward(loss.mean())
             engine.step()  # the weights move after the step's last micro-batch
             window.append(metrics)
@@ -187,7 +188,7 @@ def main():
             window, tokens, start = [], 0, time.time()
         if args.keep_steps and step % args.keep_steps == 0:
             save_model(lm, tokenizer, f"{args.out}/step{step}", score)
-    dist.barrier()  # every process has read the checkpoint, which goes
+    dist.barrier()  # with no steps left after --resume another process may still read the checkpoint
     save_model(lm, tokenizer, args.out, score)
     if rank == 0:
         shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
@@ -200,8 +201,9 @@ def main():
 def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
     """The loss of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l rejected.
 
-    To add a loss: write it in losses.py, import it, name it in --loss and give it a branch here. A loss that
-    reads the Oracle also joins ("drdo", "edpo") in parse_args and load_split.
+    To add a loss: write it in losses.py, import it, name it in --loss and give it a branch here. One that
+    reads the Oracle joins ("drdo", "edpo") in parse_args, main and load_split. One without a reference, or
+    with a reward head, joins DRDO's conditions in main.
 
     logps: log pi(y|x) of (w, l), (B, 2), summed over tokens. rewards: of the student's head, (B, 2), or None.
     reference: the reference's log pi(y|x), (B, 2). oracle: the Oracles' rewards, (K, B, 2).
@@ -210,7 +212,8 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
     logps_w, logps_l = logps.unbind(1)  # (B,)
     ref_w, ref_l = reference.unbind(1)
     oracle_w, oracle_l = oracle.unbind(2)  # (K, B)
-    student_w, student_l = args.beta * (logps_w - ref_w), args.beta * (logps_l - ref_l)  # implicit rewards
+    # DPO's implicit rewards; NaN without a reference, where DRDO puts others in their place
+    student_w, student_l = args.beta * (logps_w - ref_w), args.beta * (logps_l - ref_l)
     metrics = {}
     if args.loss == "dpo":
         loss = dpo_loss(logps_w, logps_l, ref_w, ref_l, args.beta)
@@ -219,14 +222,16 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
     elif args.loss == "edpo":
         loss = edpo_loss(logps_w, logps_l, ref_w, ref_l, oracle_w, oracle_l, args.beta, args.ensemble)
         metrics["oracle/margins"] = (oracle_w - oracle_l).mean(0)
-    elif args.loss == "drdo":  # losses.drdo_loss, its two terms apart for the log
+    elif args.loss == "drdo":  # as losses.drdo_loss; in two terms, which are both logged
         oracle_w, oracle_l = oracle_w.mean(0), oracle_l.mean(0)
         if args.student_rewards == "head":
             student_w, student_l = rewards.unbind(1)
         elif args.student_rewards == "logps":
-            student_w, student_l = args.beta * logps_w, args.beta * logps_l  # else log_ratio: as above
+            student_w, student_l = args.beta * logps_w, args.beta * logps_l
         z_w, z_l = (logps if args.p_w == "sum" else logps / response_tokens).unbind(1)
-        logits = (z_w - z_l).detach() if args.detach_focal else z_w - z_l  # p_w = sigma(logits)
+        # p_w = sigma(logits). Sums differ by many nats: p_w is about 0 or 1 for most pairs from step 1 on,
+        # and its mean is the share of pairs whose chosen response is the likelier, often the shorter
+        logits = (z_w - z_l).detach() if args.detach_focal else z_w - z_l
         distillation = distillation_loss(student_w, student_l, oracle_w, oracle_l)
         contrastive = args.alpha * contrastive_loss(logps_w, logps_l, args.gamma, logits)
         loss = distillation + contrastive
@@ -247,8 +252,8 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
 class PairModel(torch.nn.Module):
     """A causal LM, with a reward head or without, that scores both responses of a pair in one row.
 
-    In bf16 DeepSpeed casts the weights on a GPU. On a CPU they stay fp32, and autocast multiplies in bf16. It
-    is entered anew in each forward pass: it caches the bf16 weights until it is left, so one block around the
+    In bf16 DeepSpeed casts the weights on a GPU. On a CPU they stay fp32, and autocast multiplies in bf16.
+    forward() opens autocast each time. Autocast keeps its bf16 weights until it closes: one block around the
     run would compute every step with the first weights. Log-probs and rewards are fp32 always.
     """
 
@@ -270,10 +275,11 @@ class PairModel(torch.nn.Module):
 
 
 def collate(pairs, device):
-    """A batch of rows [prompt less its last token | copy + chosen | copy + rejected], padded right by zeros.
+    """A batch of rows [prompt less its last token | last + chosen | last + rejected], padded right by zeros.
 
-    `copy` is the prompt's last token. Each response starts with it, at that token's position in the prompt.
-    So every token is predicted by its left neighbour, and the rejected response continues the prompt, too.
+    `last` is the prompt's last token, at its position in the prompt, once before each response. It predicts
+    the response's first token. Each later token is predicted by its left neighbour. The rejected response
+    sees the prompt, but not the chosen one.
     Returns integer tensors: input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding),
     (B, T) each; and the positions of both EOS, where rewards are read, (B, 2).
     """
@@ -292,43 +298,34 @@ def collate(pairs, device):
 
 def pair_mask(segments, dtype):
     """Attention mask (B, 1, T, T), 0 where the query (row) sees the key (column), else the dtype's minimum.
-    It is causal, and a response sees the prompt and itself. Padding sees padding: a query without a key gives
-    NaN."""
+    It is causal, and a response sees the prompt and itself. Padding sees padding: a row that sees nothing
+    gives NaN."""
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     query, key = segments[:, :, None], segments[:, None, :]
     blocked = ~(causal & ((key == 0) | (key == query)))[:, None]
     return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
 
 
-def reward_head(lm):
-    """A linear reward head without a bias, from N(0, 1/(H+1)) (Stiennon et al. 2020, arXiv 2009.01325)."""
-    width = lm.get_output_embeddings().weight.shape[1]  # H; OPT projects its hidden states to this width
-    score = torch.nn.Linear(width, 1, bias=False)
-    torch.nn.init.normal_(score.weight, std=(width + 1) ** -0.5)
-    return score
-
-
 @torch.no_grad()
 def check_layout(lm, pairs, args):
-    """Fails where the model's own forward on prompt + response gives other log-probs than the row of a pair.
+    """Fails where the model's own forward on prompt + rejected gives another log-prob than the row of a pair.
     Such a model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
-    longest = (pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).argmax()
-    prompt, *responses = pair = pairs[longest]
-    for response, logp in zip(responses, PairModel(lm)([pair])[0][0]):
-        ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long, device=logp.device)
-        logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
-        own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
-        # bf16 keeps 8 bits. Its errors are random, so their sum grows as the root of the number of tokens
-        tolerance = 0.001 * len(response) if lm.dtype.itemsize >= 4 else 0.5 + 0.5 * len(response) ** 0.5
-        if not abs(own - logp) <= tolerance:  # NaN too
-            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward "
-                 f"and {logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
+    prompt, _, rejected = pair = pairs[pairs.lengths[:, [0, 2]].sum(1).argmax()]  # the longest
+    logp = PairModel(lm)([pair])[0][0, 1]
+    ids = torch.as_tensor(np.concatenate([prompt, rejected]), dtype=torch.long, device=logp.device)
+    logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
+    own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
+    # bf16 keeps 8 bits. Its errors are random, so their sum grows as the root of the number of tokens
+    tolerance = 0.001 * len(rejected) if lm.dtype.itemsize >= 4 else 0.5 + 0.5 * len(rejected) ** 0.5
+    if not abs(own - logp) <= tolerance:  # NaN too
+        fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward and "
+             f"{logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
 
 
 @torch.no_grad()
 def score_all(model, pairs, args, description, rows=None):
-    """(logps, rewards) of the pairs, (N, 2) each, on the CPU; 0 in all but `rows`, where given. The pairs are
-    sorted by length and shared out among the processes."""
+    """(logps, rewards) of the pairs, (N, 2) each, on the CPU. If `rows` is given, only those are scored, and
+    the others stay 0. The pairs are sorted by length and shared out among the processes."""
     scores = torch.zeros(2, len(pairs), 2, device=model.lm.device)
     order = sorted(range(len(pairs)) if rows is None else rows, key=lambda i: -pairs.lengths[i].sum())
     micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
@@ -357,7 +354,7 @@ def load_split(path, rewards_path, tokenizer, args, limit=0):
         oracle = torch.stack([saved["chosen"], saved["rejected"]], dim=-1).float()[:, pairs.lines - 1]
         scored = oracle.isfinite().all(2).all(0).numpy()  # (N,)
         assert len(oracle) and scored.any(), "no pair has finite rewards of both responses"
-    args.oracles = saved.get("oracles")  # for args.json: who taught the policy
+    vars(args).setdefault("oracles", saved.get("oracles"))  # for args.json: who taught the policy
     if dist.get_rank() == 0 and not scored.all():
         print(f"{path}: {np.sum(~scored)} pairs dropped: too long for an Oracle")
     pairs.lines, pairs.lengths, pairs.ends = pairs.lines[scored], pairs.lengths[scored], pairs.ends[scored]
@@ -441,19 +438,21 @@ def make_engine(model, optimizer, schedule, args):
         config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
                    "train_micro_batch_size_per_gpu": args.micro_batch_size,
                    "bf16": {"enabled": on_gpu and args.dtype == "bf16"}}
-        if not on_gpu and (stage == 0 or dist.get_world_size() == 1):
+        alone_on_cpu = not on_gpu and dist.get_world_size() == 1
+        if not config["bf16"]["enabled"] and (stage == 0 or alone_on_cpu):
             config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
             weights = [p for group in optimizer.param_groups for p in group["params"]]
-            clip = functools.partial(torch.nn.utils.clip_grad_norm_, weights, clipping or math.inf)
-            optimizer.register_step_pre_hook(  # here DeepSpeed's own clipping forgets the norm
-                lambda *_: setattr(optimizer, "_global_grad_norm", clip()))
+
+            def clip(*_):  # without ZeRO DeepSpeed clips too, but forgets the norm
+                optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(weights, clipping or math.inf)
+            optimizer.register_step_pre_hook(clip)
         return deepspeed.initialize(None, model, optimizer, lr_scheduler=schedule, config=config)[0]
 
 
 def start_run(engine, args):
     """The state to start from: the run (flags, files), its step, the length of its log. --resume loads the
-    newest checkpoint. It refuses other files, processes and flags, but for those that `may_change`. Without
-    it an unfinished run is refused, and a finished one replaced."""
+    newest checkpoint. It fails if a file, the number of processes or a flag differs; those in `may_change`
+    may. Without --resume a folder that holds a checkpoint is an error, and a finished run is replaced."""
     may_change = ("resume", "local_rank", "out", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
     names = "data", "eval_data", "oracle_rewards", "eval_oracle_rewards", "deepspeed_config"
@@ -485,8 +484,8 @@ def start_run(engine, args):
 
 def log(args, step, window, prefix="", **figures):
     """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
-    window: the metrics of this process's pairs, dicts of (B,). NaN in every pair, for want of Oracle rewards,
-    is left out."""
+    window: the metrics of this process's pairs, dicts of (B,). One that is NaN for every pair, for want of
+    Oracle rewards, is not written."""
     here = {prefix + name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
@@ -534,8 +533,8 @@ def save_model(lm, tokenizer, folder, head=None):
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr, exit status 2. The launcher ends every process once
-    one has ended. So the first one speaks for all; another is heard if the error is its alone."""
+    """Ends the program on bad input: one line on stderr, exit status 2. Process 0 prints at once. The others
+    wait: if process 0 has the same error, the launcher ends them first, and the line appears once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
@@ -607,7 +606,7 @@ def load_model(folder):
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
-    lm.get_input_embeddings().padding_idx = None  # a pad token that is a word too learns like any other
+    lm.get_input_embeddings().padding_idx = None  # it stops a token's gradient; some models pad with EOS
     return tokenizer, lm.train()
 
 
@@ -631,8 +630,8 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. A
-    leading space parts a response from a plain-text prompt. With a chat template it is removed."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
+    a chat template a response loses its leading space, which parts it from a plain-text prompt."""
     response = str.removeprefix(response, " " if tokenizer.chat_template else "")
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 

@@ -38,8 +38,8 @@ def parse_args():
     flag("--model", default="out/drdo", help="the policy: a folder or a hub name")
     flag("--prompts", default="data/all/validation.jsonl", help="JSONL with `prompt`")
     flag("--num_prompts", type=int, default=0, help="take only the first this many prompts; 0: all")
-    flag("--out", help="file to write (default: <model>/generations.jsonl)")
-    flag("--generator", help="the policy's name in the output (default: --model)")
+    flag("--out", help="file to write; None: <model>/generations.jsonl")
+    flag("--generator", help="the policy's name in the output; None: --model")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--temperature", type=float, nargs="+", default=[0.2, 0.5, 0.7, 0.9], help="each; 0 is greedy")
     flag("--top_p", type=float, default=0.8, help="take the likeliest tokens that hold this probability")
@@ -150,8 +150,8 @@ def generate(model, prompts, temperature, top_p, max_new_tokens, ends):
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr, exit status 2. The launcher ends every process once
-    one has ended. So the first one speaks for all; another is heard if the error is its alone."""
+    """Ends the program on bad input: one line on stderr, exit status 2. Process 0 prints at once. The others
+    wait: if process 0 has the same error, the launcher ends them first, and the line appears once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there

@@ -11,7 +11,7 @@ Plain functions of tensors. Copy this file into your project: it needs torch alo
 Notation: x is a prompt, y_w / y_l its chosen / rejected response. z = log pi(y|x) is the *sum* of the
 log-probs of the response's tokens, EOS included, so z <= 0. sigma is the logistic function.
 
-A loss takes and returns one number a pair, (B,), and e-DPO's rewards as (K, B). Reduction is the caller's.
+Inputs and losses are (B,), one number a pair; e-DPO's Oracle rewards are (K, B). Reduction is the caller's.
 Shapes are not checked: (B, 1) beside (B,) would broadcast. Half precision is computed in fp32. Losses and
 gradients are finite for inputs up to 1e15 in size.
 """
@@ -100,8 +100,8 @@ def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_reje
     (r*(x, y_w) - r*(x, y_l) - (r^_w - r^_l))^2  -  alpha (1 - p_w)^gamma log(pi(y_w|x) / (1 - pi(y_l|x)))
 
     with p_w = sigma(z_w - z_l). The first term is `distillation_loss`, the reward difference. The second is
-    `contrastive_loss`, the focal contrastive log-unlikelihood. Its sign is the printed one. At a fixed focal
-    factor it raises pi(y_l|x), against the name, but by a gradient of pi(y_l|x): about 0 for whole responses.
+    `contrastive_loss`, the focal contrastive log-unlikelihood. Its sign is the paper's. At a fixed focal
+    factor it slightly raises pi(y_l|x), despite its name: its gradient is about pi(y_l|x), so nearly 0.
 
     Args: log-probs, the policy's own rewards r^ and the Oracle's rewards r*, each (B,); preference_logits as
     in `contrastive_loss`.  Returns: (B,).
@@ -186,7 +186,7 @@ def response_logps(hidden, lm_head, input_ids, segments, num_responses=2, max_lo
         logps = torch.cat([checkpoint(token_logps, s, lm_head, t, use_reentrant=False)
                            for s, t in zip(states.split(chunk), tokens.split(chunk))])
     sums = logps.new_zeros(len(segments), num_responses)
-    return sums.index_put((row, segments[row, column] - 1), logps, accumulate=True)
+    return sums.index_put((row, segments[row, column] - 1), logps, accumulate=True)  # segment 1: column 0
 
 
 def token_logps(states, lm_head, tokens):

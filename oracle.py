@@ -18,7 +18,6 @@ Where the paper leaves a choice: the LM term log(y_w) is summed over the respons
 it (--lm_term mean averages it). The model starts from the SFT policy. The head is drawn from N(0, 1/(H+1)).
 """
 import argparse
-import functools
 import hashlib
 import json
 import logging
@@ -58,13 +57,13 @@ def parse_args():
     flag("--out", default="out/oracle", help="folder to write")
     flag("--max_length", type=int, default=1024, help="drop pairs whose prompt + response has more tokens")
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--batch_size", type=int, default=64, help="pairs an optimizer step, over all processes")
-    flag("--micro_batch_size", type=int, help="pairs a forward pass, on one process (default: 8, or less)")
+    flag("--batch_size", type=int, default=64, help="pairs per optimizer step, over all processes")
+    flag("--micro_batch_size", type=int, help="pairs per forward pass, on one process; None: at most 8")
     flag("--learning_rate", type=float, default=1e-5, help="peak, after warm-up; then cosine to 0")
     flag("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
-    flag("--warmup_steps", type=int, help="linear warm-up (default: a tenth of the run, at most 100)")
-    flag("--max_steps", type=int, help="optimizer steps (default: what --epochs takes)")
-    flag("--epochs", type=float, help="passes over the data, in place of --max_steps (default: 1)")
+    flag("--warmup_steps", type=int, help="linear warm-up; None: a tenth of the run, at most 100")
+    flag("--max_steps", type=int, help="optimizer steps; None: what --epochs takes")
+    flag("--epochs", type=float, help="passes over the data, in place of --max_steps; None: 1")
     flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
     flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, offloading, gradient clipping")
@@ -102,8 +101,9 @@ def main():
     max_steps = len(steps)
 
     # ---- model, optimizer, engine
-    lm.score = reward_head(lm)  # inside the LM, so that it is saved with it
-    lm.config.num_labels = 1
+    width = lm.get_output_embeddings().weight.shape[1]  # H; OPT projects its hidden states to this width
+    lm.score, lm.config.num_labels = torch.nn.Linear(width, 1, bias=False), 1  # inside the LM: saved with it
+    torch.nn.init.normal_(lm.score.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, arXiv 2009.01325
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PairModel(lm, lm.score, bf16=args.dtype == "bf16")
@@ -125,7 +125,7 @@ def main():
     bar = tqdm(steps[done:], "oracle", initial=done, total=max_steps, disable=rank > 0)
     for step, rows in enumerate(bar, done + 1):
         learning_rate = optimizer.param_groups[0]["lr"]
-        for micro in rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]:
+        for micro in rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]:  # this process's share
             logps, rewards = engine([pairs[i] for i in micro], num_logps=num_logps)
             loss, metrics = loss_and_metrics(args, logps, rewards, chosen_tokens[micro].to(device))
             engine.backward(loss.mean())
@@ -149,7 +149,7 @@ def main():
             if saves:
                 save_checkpoint(engine, args, state | {"step": step})
             window, tokens, start = [], 0, time.time()
-    dist.barrier()  # every process has read the checkpoint, which goes
+    dist.barrier()  # with no steps left after --resume another process may still read the checkpoint
     save_model(lm, tokenizer, args.out)
     if rank == 0:
         shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
@@ -192,8 +192,8 @@ def set_pad_token(tokenizer, lm):
 class PairModel(torch.nn.Module):
     """A causal LM, with a reward head or without, that scores both responses of a pair in one row.
 
-    In bf16 DeepSpeed casts the weights on a GPU. On a CPU they stay fp32, and autocast multiplies in bf16. It
-    is entered anew in each forward pass: it caches the bf16 weights until it is left, so one block around the
+    In bf16 DeepSpeed casts the weights on a GPU. On a CPU they stay fp32, and autocast multiplies in bf16.
+    forward() opens autocast each time. Autocast keeps its bf16 weights until it closes: one block around the
     run would compute every step with the first weights. Log-probs and rewards are fp32 always.
     """
 
@@ -215,10 +215,11 @@ class PairModel(torch.nn.Module):
 
 
 def collate(pairs, device):
-    """A batch of rows [prompt less its last token | copy + chosen | copy + rejected], padded right by zeros.
+    """A batch of rows [prompt less its last token | last + chosen | last + rejected], padded right by zeros.
 
-    `copy` is the prompt's last token. Each response starts with it, at that token's position in the prompt.
-    So every token is predicted by its left neighbour, and the rejected response continues the prompt, too.
+    `last` is the prompt's last token, at its position in the prompt, once before each response. It predicts
+    the response's first token. Each later token is predicted by its left neighbour. The rejected response
+    sees the prompt, but not the chosen one.
     Returns integer tensors: input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding),
     (B, T) each; and the positions of both EOS, where rewards are read, (B, 2).
     """
@@ -237,43 +238,34 @@ def collate(pairs, device):
 
 def pair_mask(segments, dtype):
     """Attention mask (B, 1, T, T), 0 where the query (row) sees the key (column), else the dtype's minimum.
-    It is causal, and a response sees the prompt and itself. Padding sees padding: a query without a key gives
-    NaN."""
+    It is causal, and a response sees the prompt and itself. Padding sees padding: a row that sees nothing
+    gives NaN."""
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     query, key = segments[:, :, None], segments[:, None, :]
     blocked = ~(causal & ((key == 0) | (key == query)))[:, None]
     return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
 
 
-def reward_head(lm):
-    """A linear reward head without a bias, from N(0, 1/(H+1)) (Stiennon et al. 2020, arXiv 2009.01325)."""
-    width = lm.get_output_embeddings().weight.shape[1]  # H; OPT projects its hidden states to this width
-    score = torch.nn.Linear(width, 1, bias=False)
-    torch.nn.init.normal_(score.weight, std=(width + 1) ** -0.5)
-    return score
-
-
 @torch.no_grad()
 def check_layout(lm, pairs, args):
-    """Fails where the model's own forward on prompt + response gives other log-probs than the row of a pair.
+    """Fails where the model's own forward on prompt + rejected gives another log-prob than the row of a pair.
     Such a model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
-    longest = (pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).argmax()
-    prompt, *responses = pair = pairs[longest]
-    for response, logp in zip(responses, PairModel(lm)([pair])[0][0]):
-        ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long, device=logp.device)
-        logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
-        own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
-        # bf16 keeps 8 bits. Its errors are random, so their sum grows as the root of the number of tokens
-        tolerance = 0.001 * len(response) if lm.dtype.itemsize >= 4 else 0.5 + 0.5 * len(response) ** 0.5
-        if not abs(own - logp) <= tolerance:  # NaN too
-            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward "
-                 f"and {logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
+    prompt, _, rejected = pair = pairs[pairs.lengths[:, [0, 2]].sum(1).argmax()]  # the longest
+    logp = PairModel(lm)([pair])[0][0, 1]
+    ids = torch.as_tensor(np.concatenate([prompt, rejected]), dtype=torch.long, device=logp.device)
+    logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
+    own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
+    # bf16 keeps 8 bits. Its errors are random, so their sum grows as the root of the number of tokens
+    tolerance = 0.001 * len(rejected) if lm.dtype.itemsize >= 4 else 0.5 + 0.5 * len(rejected) ** 0.5
+    if not abs(own - logp) <= tolerance:  # NaN too
+        fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward and "
+             f"{logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
 
 
 @torch.no_grad()
 def score_all(model, pairs, args, description, rows=None):
-    """(logps, rewards) of the pairs, (N, 2) each, on the CPU; 0 in all but `rows`, where given. The pairs are
-    sorted by length and shared out among the processes."""
+    """(logps, rewards) of the pairs, (N, 2) each, on the CPU. If `rows` is given, only those are scored, and
+    the others stay 0. The pairs are sorted by length and shared out among the processes."""
     scores = torch.zeros(2, len(pairs), 2, device=model.lm.device)
     order = sorted(range(len(pairs)) if rows is None else rows, key=lambda i: -pairs.lengths[i].sum())
     micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
@@ -360,19 +352,21 @@ def make_engine(model, optimizer, schedule, args):
         config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
                    "train_micro_batch_size_per_gpu": args.micro_batch_size,
                    "bf16": {"enabled": on_gpu and args.dtype == "bf16"}}
-        if not on_gpu and (stage == 0 or dist.get_world_size() == 1):
+        alone_on_cpu = not on_gpu and dist.get_world_size() == 1
+        if not config["bf16"]["enabled"] and (stage == 0 or alone_on_cpu):
             config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
             weights = [p for group in optimizer.param_groups for p in group["params"]]
-            clip = functools.partial(torch.nn.utils.clip_grad_norm_, weights, clipping or math.inf)
-            optimizer.register_step_pre_hook(  # here DeepSpeed's own clipping forgets the norm
-                lambda *_: setattr(optimizer, "_global_grad_norm", clip()))
+
+            def clip(*_):  # without ZeRO DeepSpeed clips too, but forgets the norm
+                optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(weights, clipping or math.inf)
+            optimizer.register_step_pre_hook(clip)
         return deepspeed.initialize(None, model, optimizer, lr_scheduler=schedule, config=config)[0]
 
 
 def start_run(engine, args):
     """The state to start from: the run (flags, files), its step, the length of its log. --resume loads the
-    newest checkpoint. It refuses other files, processes and flags, but for those that `may_change`. Without
-    it an unfinished run is refused, and a finished one replaced."""
+    newest checkpoint. It fails if a file, the number of processes or a flag differs; those in `may_change`
+    may. Without --resume a folder that holds a checkpoint is an error, and a finished run is replaced."""
     may_change = ("resume", "local_rank", "out", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
     names = "data", "eval_data", "oracle_rewards", "eval_oracle_rewards", "deepspeed_config"
@@ -404,8 +398,8 @@ def start_run(engine, args):
 
 def log(args, step, window, prefix="", **figures):
     """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
-    window: the metrics of this process's pairs, dicts of (B,). NaN in every pair, for want of Oracle rewards,
-    is left out."""
+    window: the metrics of this process's pairs, dicts of (B,). One that is NaN for every pair, for want of
+    Oracle rewards, is not written."""
     here = {prefix + name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
@@ -453,8 +447,8 @@ def save_model(lm, tokenizer, folder, head=None):
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr, exit status 2. The launcher ends every process once
-    one has ended. So the first one speaks for all; another is heard if the error is its alone."""
+    """Ends the program on bad input: one line on stderr, exit status 2. Process 0 prints at once. The others
+    wait: if process 0 has the same error, the launcher ends them first, and the line appears once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
@@ -526,7 +520,7 @@ def load_model(folder):
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
-    lm.get_input_embeddings().padding_idx = None  # a pad token that is a word too learns like any other
+    lm.get_input_embeddings().padding_idx = None  # it stops a token's gradient; some models pad with EOS
     return tokenizer, lm.train()
 
 
@@ -550,8 +544,8 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. A
-    leading space parts a response from a plain-text prompt. With a chat template it is removed."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
+    a chat template a response loses its leading space, which parts it from a plain-text prompt."""
     response = str.removeprefix(response, " " if tokenizer.chat_template else "")
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 

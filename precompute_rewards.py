@@ -184,8 +184,8 @@ def relabel(data, rewards, path):
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr, exit status 2. The launcher ends every process once
-    one has ended. So the first one speaks for all; another is heard if the error is its alone."""
+    """Ends the program on bad input: one line on stderr, exit status 2. Process 0 prints at once. The others
+    wait: if process 0 has the same error, the launcher ends them first, and the line appears once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
@@ -288,8 +288,8 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. A
-    leading space parts a response from a plain-text prompt. With a chat template it is removed."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
+    a chat template a response loses its leading space, which parts it from a plain-text prompt."""
     response = str.removeprefix(response, " " if tokenizer.chat_template else "")
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 

@@ -11,7 +11,6 @@ The loss is the mean negative log-likelihood of the step's response tokens, EOS 
 Rows are padded right: under a causal mask no token sees padding, and no mask is needed.
 """
 import argparse
-import functools
 import hashlib
 import json
 import logging
@@ -48,13 +47,13 @@ def parse_args():
     flag("--out", default="out/sft", help="folder to write")
     flag("--max_length", type=int, default=1024, help="drop rows whose prompt + response has more tokens")
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--batch_size", type=int, default=64, help="rows an optimizer step, over all processes")
-    flag("--micro_batch_size", type=int, help="rows a forward pass, on one process (default: 8, or less)")
+    flag("--batch_size", type=int, default=64, help="rows per optimizer step, over all processes")
+    flag("--micro_batch_size", type=int, help="rows per forward pass, on one process; None: at most 8")
     flag("--learning_rate", type=float, default=1e-5, help="peak, after warm-up; then cosine to 0")
     flag("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
-    flag("--warmup_steps", type=int, help="linear warm-up (default: a tenth of the run, at most 100)")
-    flag("--max_steps", type=int, help="optimizer steps (default: what --epochs takes)")
-    flag("--epochs", type=float, help="passes over the data, in place of --max_steps (default: 1)")
+    flag("--warmup_steps", type=int, help="linear warm-up; None: a tenth of the run, at most 100")
+    flag("--max_steps", type=int, help="optimizer steps; None: what --epochs takes")
+    flag("--epochs", type=float, help="passes over the data, in place of --max_steps; None: 1")
     flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
     flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, offloading, gradient clipping")
@@ -134,7 +133,7 @@ def main():
             if saves:
                 save_checkpoint(engine, args, state | {"step": step})
             nll, tokens, targets, start = torch.zeros(1, device=device), 0, 0, time.time()
-    dist.barrier()  # every process has read the checkpoint, which goes
+    dist.barrier()  # with no steps left after --resume another process may still read the checkpoint
     save_model(lm, tokenizer, args.out)
     if rank == 0:
         shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
@@ -267,19 +266,21 @@ def make_engine(model, optimizer, schedule, args):
         config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
                    "train_micro_batch_size_per_gpu": args.micro_batch_size,
                    "bf16": {"enabled": on_gpu and args.dtype == "bf16"}}
-        if not on_gpu and (stage == 0 or dist.get_world_size() == 1):
+        alone_on_cpu = not on_gpu and dist.get_world_size() == 1
+        if not config["bf16"]["enabled"] and (stage == 0 or alone_on_cpu):
             config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
             weights = [p for group in optimizer.param_groups for p in group["params"]]
-            clip = functools.partial(torch.nn.utils.clip_grad_norm_, weights, clipping or math.inf)
-            optimizer.register_step_pre_hook(  # here DeepSpeed's own clipping forgets the norm
-                lambda *_: setattr(optimizer, "_global_grad_norm", clip()))
+
+            def clip(*_):  # without ZeRO DeepSpeed clips too, but forgets the norm
+                optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(weights, clipping or math.inf)
+            optimizer.register_step_pre_hook(clip)
         return deepspeed.initialize(None, model, optimizer, lr_scheduler=schedule, config=config)[0]
 
 
 def start_run(engine, args):
     """The state to start from: the run (flags, files), its step, the length of its log. --resume loads the
-    newest checkpoint. It refuses other files, processes and flags, but for those that `may_change`. Without
-    it an unfinished run is refused, and a finished one replaced."""
+    newest checkpoint. It fails if a file, the number of processes or a flag differs; those in `may_change`
+    may. Without --resume a folder that holds a checkpoint is an error, and a finished run is replaced."""
     may_change = ("resume", "local_rank", "out", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
     names = "data", "eval_data", "oracle_rewards", "eval_oracle_rewards", "deepspeed_config"
@@ -311,8 +312,8 @@ def start_run(engine, args):
 
 def log(args, step, window, prefix="", **figures):
     """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
-    window: the metrics of this process's pairs, dicts of (B,). NaN in every pair, for want of Oracle rewards,
-    is left out."""
+    window: the metrics of this process's pairs, dicts of (B,). One that is NaN for every pair, for want of
+    Oracle rewards, is not written."""
     here = {prefix + name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
@@ -360,8 +361,8 @@ def save_model(lm, tokenizer, folder, head=None):
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr, exit status 2. The launcher ends every process once
-    one has ended. So the first one speaks for all; another is heard if the error is its alone."""
+    """Ends the program on bad input: one line on stderr, exit status 2. Process 0 prints at once. The others
+    wait: if process 0 has the same error, the launcher ends them first, and the line appears once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
@@ -433,7 +434,7 @@ def load_model(folder):
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
-    lm.get_input_embeddings().padding_idx = None  # a pad token that is a word too learns like any other
+    lm.get_input_embeddings().padding_idx = None  # it stops a token's gradient; some models pad with EOS
     return tokenizer, lm.train()
 
 
@@ -457,8 +458,8 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. A
-    leading space parts a response from a plain-text prompt. With a chat template it is removed."""
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
+    a chat template a response loses its leading space, which parts it from a plain-text prompt."""
     response = str.removeprefix(response, " " if tokenizer.chat_template else "")
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 

@@ -141,10 +141,10 @@ def measure(command, **environment):
 
 
 MODEL = """
-import sys, align, toy
+import sys, torch, toy
 tokenizer = toy.make_tokenizer()
 lm = toy.make_model(tokenizer)
-lm.score, lm.config.num_labels = align.reward_head(lm), 1
+lm.score, lm.config.num_labels = torch.nn.Linear(lm.config.hidden_size, 1, bias=False), 1
 lm.save_pretrained(sys.argv[1])
 tokenizer.save_pretrained(sys.argv[1])
 """

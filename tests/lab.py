@@ -610,7 +610,8 @@ def eq6_terms(folder, data, rewards, seed, pairs=480):
     """(lm, log pi(y|x) (pairs, 2), {term: its loss of each pair}) of a policy on a file's first pairs."""
     tokenizer, lm = align.load_model(folder)
     torch.manual_seed(seed)
-    head = align.reward_head(lm)
+    head = torch.nn.Linear(lm.config.hidden_size, 1, bias=False)
+    torch.nn.init.normal_(head.weight, std=(lm.config.hidden_size + 1) ** -0.5)
     if os.path.exists(f"{folder}/score.safetensors"):  # the head that DRDO (head) has learned
         head.weight.data = load_file(f"{folder}/score.safetensors")["score.weight"]
     encoded = [(align.encode_prompt(tokenizer, row["prompt"]),

@@ -31,7 +31,8 @@ def models(request, tmp_path_factory):
     lm = AutoModelForCausalLM.from_config(CONFIGS[request.param], attn_implementation="sdpa")
     for parameter in lm.parameters():  # larger than the initialisation, so that attention is far from uniform
         parameter.data += 0.2 * torch.randn_like(parameter)
-    lm.score, lm.config.num_labels = align.reward_head(lm), 1
+    width = lm.get_output_embeddings().weight.shape[1]  # 8 on OPT
+    lm.score, lm.config.num_labels = torch.nn.Linear(width, 1, bias=False), 1
     folder = tmp_path_factory.mktemp(request.param)
     lm.save_pretrained(folder)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
