@@ -1,34 +1,27 @@
 """
-Turns raw preference sets into data/{all,hc_he,lc_le}/{train,validation}.jsonl and prints the paper's Table 5.
-Turns SFT sets into data/sft/{train,validation}.jsonl, and prompt sets into data/prompts/NAME.jsonl.
+Splits preference sets into data/{all,hc_he,lc_le}/{train,validation}.jsonl and prints the paper's Table 5.
+Splits SFT sets into data/sft/{train,validation}.jsonl. Draws prompts into data/prompts/NAME.jsonl.
 
     python splits.py --dataset openai/summarize_from_feedback CarperAI/openai_summarize_tldr
     python splits.py --dataset my_pairs.jsonl.gz my_sft.csv trl-lib/tldr-preference:validation --seed 0
     python splits.py --prompts abisee/cnn_dailymail data/all/validation.jsonl --num_prompts 500
 
 In:  .jsonl, .json, .csv (all also as .gz) and .parquet files, hub ids, and folders that load_dataset reads.
-     SCHEMAS says which columns they may have. Of a hub id or folder, the splits that raw_rows picks; of
-     `id:split` that split alone. A split called val..., dev... or test... is a validation split.
-Out: a row a line: `prompt` (plain text, or a list of {"role", "content"} messages) and the response `chosen`.
-     Pairs also have `rejected`, `edit_distance` (0-1) and, where the set has one, `confidence`. Other keys
-     stay if the row came in this form. A response to plain text starts with one space (none if the prompt
-     ends in white space), so prompt + response is the text. A response to messages starts with none.
+     SCHEMAS lists the columns that it knows. `id:split` names one split of a hub id or a folder; without it,
+     raw_rows picks. A split whose name starts with val, dev or test is a validation split.
+Out: a JSON row a line. `prompt` is a text or a list of {"role", "content"} messages; `chosen` is a text.
+     A pair also has `rejected`, `edit_distance` (0-1) and, where its set has one, `confidence`. Other keys
+     stay if the row came in this form. A response to a text starts with one space (none if the prompt ends
+     in white space), so prompt + response is the whole text. A response to messages starts with none.
 
 hc_he has the pairs above both medians of all/train, of confidence and edit distance; lc_le those below both.
-Where the paper leaves a choice, or we differ from it:
-- Validation is split off by prompt, not by row. A prompt is held out if a hash of the seed and its text falls
-  below --validation_fraction. So it lands on the same side in every set, and in every call with that seed and
-  fraction. (Tiny sets: if no prompt falls below, one is held out, in this call alone.) What a validation
-  split of any set holds is no training prompt of another.
-- If a set brings a validation split, that is all/validation. hc_he and lc_le still come from the train rows.
-  The prompts held out for them leave all/train and sft/train too. Otherwise an Oracle trained on D_all has
-  seen hc_he's validation pairs, and the SFT model their human summaries. A tenth of the train rows goes.
-- Edit distance is Levenshtein's over whitespace tokens, divided by the longer response's length. The paper's
-  means (0.09 to 0.15) must have another divisor, which it does not name: its sets are not quite these.
-- In a set with confidences, rows without one are left out of every split. UltraFeedback's `confidence` is the
-  gap of its two ratings: it serves the medians only. HH has nothing of the kind and becomes `all` alone.
-- The prompts of TL;DR's SFT set get the blank lines of OpenAI's format. So SFT and preferences share prompts.
-- Pairs of over 1024 tokens are dropped later, by the stages that have a tokenizer.
+- Train and validation share no prompt. A prompt is held out if a hash of --seed and its text falls below
+  --validation_fraction. So it is on the same side in every set, and in every call with these two flags.
+  (If no prompt of a tiny set falls below, one is held out, in this call alone.)
+- A validation split that a set brings is all/validation. No set trains on its prompts. hc_he and lc_le still
+  take theirs from the train rows: a tenth of the prompts, which all/train and sft/train then lack.
+- If a set has confidences, its rows without one are left out. If it has none, it becomes `all` alone.
+tests/PAPER.md gives the reasons, and says where the paper leaves a choice.
 """
 import argparse
 import gzip
@@ -40,8 +33,9 @@ import random
 import re
 import statistics
 import sys
+import tempfile
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 
 from rapidfuzz.distance import Levenshtein
 from tqdm import tqdm
@@ -62,9 +56,14 @@ def parse_args():
     add("--validation_fraction", type=float, default=0.1, help="share of the prompts held out (%(default)s)")
     add("--num_prompts", type=int, default=1000, help="random prompts of a prompt set, 0: all (%(default)s)")
     add("--seed", type=int, default=0, help="picks held-out and random prompts, and the order (%(default)s)")
+    add("--edit_distance", default="responses", choices=["responses", "texts"],
+        help="between the responses, or between post + response: Table 5's means (%(default)s)")
     args = parser.parse_args()
     if not args.dataset and not args.prompts:
         fail("nothing to do; name sets after --dataset or --prompts")
+    for flag, names in ("--dataset", args.dataset), ("--prompts", args.prompts):
+        if len({os.path.normpath(name) for name in names}) < len(names):
+            fail(f"{flag}: a set is named twice; name it once")
     if not 0 <= args.validation_fraction < 1:
         fail(f"--validation_fraction {args.validation_fraction}: give a share of at least 0 and below 1")
     if args.num_prompts < 0:
@@ -79,19 +78,20 @@ def parse_args():
 
 def main():
     args = parse_args()
+    store = Store(args.out)
 
     # read: the sets of a kind are put together
     pairs, sft = {"train": [], "validation": []}, {"train": [], "validation": []}
     schemas = set()  # of the preference sets
     for name in args.dataset:
-        schema, rows = read_set(name)
-        first = (rows["train"] or rows["validation"])[0]
-        if "chosen" not in first:
-            fail(f"{name}: no column `chosen` ({' '.join(first)}); rename one, or give prompts to --prompts")
-        if "rejected" in first:
+        schema, rows = read_set(name, args, store)
+        columns = store.load((rows["train"] or rows["validation"])[0])
+        if "chosen" not in columns:
+            fail(f"{name}: no column `chosen` ({' '.join(columns)}); rename one, or give prompts to --prompts")
+        if "rejected" in columns:
             schemas.add(schema)
         for split in rows:
-            (pairs if "rejected" in first else sft)[split] += rows[split]
+            (pairs if "rejected" in columns else sft)[split] += rows[split]
     if len(schemas) > 1:
         fail(f"--dataset: several schemas of pairs ({', '.join(sorted(schemas))}); give each its own --out")
 
@@ -99,15 +99,15 @@ def main():
     for kind in (pairs, sft):
         if not kind["train"]:  # a validation split that comes alone is split like any other set
             kind["train"], kind["validation"] = kind["validation"], []
-    own = {prompt_key(row) for kind in (pairs, sft) for row in kind["validation"]}
-    kept = {split: [row for row in rows if "confidence" in row] for split, rows in pairs.items()}
+    own = {row.prompt for kind in (pairs, sft) for row in kind["validation"]}
+    kept = {split: [row for row in rows if row.confidence is not None] for split, rows in pairs.items()}
     if any(kept.values()) and kept != pairs:
         missing = " and ".join(f"{len(pairs[split]) - len(kept[split]):,} {split}" for split in pairs)
         print(f"without a confidence, left out of every split: {missing} rows")
         pairs = kept
-    fresh = [{prompt_key(row) for row in kind["train"]} - own for kind in (pairs, sft)]
-    held = held_out(fresh, args.validation_fraction, args.seed)
-    files = {}  # all of them are made before the first is written
+    held = held_out([{row.prompt for row in kind["train"]} - own for kind in (pairs, sft)],
+                    args.validation_fraction)
+    files = {}  # path -> rows
     if schemas:
         splits = make_splits("preference sets", pairs, own, held, args.seed)
         for name, halves in preference_splits(*splits).items():
@@ -116,27 +116,67 @@ def main():
         train, _, validation = make_splits("SFT sets", sft, own, held, args.seed)
         files |= {"sft/train.jsonl": train, "sft/validation.jsonl": validation}
     for label, name in args.prompts.items():
-        files[f"prompts/{label}.jsonl"] = prompt_set(name, label, args)
+        files[f"prompts/{label}.jsonl"] = prompt_set(name, label, args, store)
 
-    # write: a file appears whole; one of an earlier call that has no rows now goes, as sets would mix
-    # (errors="replace": a lone surrogate has no UTF-8, it becomes "?")
+    # write: all files are whole before the first takes its place; files of an earlier call that have no rows
+    # now go, as sets would mix
+    files = {os.path.join(args.out, path): rows for path, rows in files.items()}
+    for name in (*args.dataset, *args.prompts.values()):
+        if os.path.realpath(name) in map(os.path.realpath, files):
+            fail(f"{name}: --out {args.out} would overwrite it; give another --out")
     try:
         for path, rows in files.items():
-            path = os.path.join(args.out, path)
             if rows:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(path + ".partial", "w", encoding="utf-8", errors="replace") as file:
-                    file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-                os.replace(path + ".partial", path)
-                print(f"{path}: {len(rows):,} rows")
-            elif os.path.exists(path):
-                os.remove(path)
-                print(f"{path}: no rows; removed the file of an earlier call")
-    except OSError as error:
-        fail(f"--out {args.out}: cannot write there ({error})")
+                with open(path + ".partial", "wb") as file:
+                    file.writelines(map(store.line, rows))
+    except OSError:
+        for path in filter(os.path.exists, [path + ".partial" for path in files]):
+            os.remove(path)
+        raise
+    for path, rows in files.items():
+        if rows:
+            os.replace(path + ".partial", path)
+            print(f"{path}: {len(rows):,} rows")
+        elif os.path.exists(path):
+            os.remove(path)
+            print(f"{path}: no rows; removed the file of an earlier call")
 
 
-def read_set(name, prompts=False):
+Row = namedtuple("Row", "prompt confidence edit_distance start")  # prompt: its place; start: of its line
+
+
+class Store:
+    """The rows, in a file without a name that goes with the program. Memory holds 0.3 KB a row."""
+
+    def __init__(self, folder):
+        os.makedirs(folder, exist_ok=True)
+        self.file = tempfile.TemporaryFile(dir=folder)
+
+    def add(self, row, seed):
+        """Writes the row as a line of JSON. A lone surrogate has no UTF-8: it becomes `?`."""
+        start = self.file.seek(0, os.SEEK_END)
+        line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
+        self.file.write(line.encode("utf-8", "replace"))
+        return Row(place(row["prompt"], seed), row.get("confidence"), row.get("edit_distance"), start)
+
+    def line(self, row):
+        self.file.seek(row.start)
+        return self.file.readline()
+
+    def load(self, row):
+        return json.loads(self.line(row))
+
+
+def place(prompt, seed):
+    """The hash of seed and prompt, below 2^64. A lone user's message is the same prompt as its text."""
+    if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
+        prompt = prompt[0]["content"]
+    prompt = prompt if isinstance(prompt, str) else json.dumps(prompt)
+    return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode("utf-8", "replace")).digest()[:8], "big")
+
+
+def read_set(name, args, store, prompts=False):
     """(schema, {"train": rows, "validation": rows}) of a set; prints what was read and dropped."""
     schema, rows, dropped = None, {"train": [], "validation": []}, Counter()
     for split, number, raw in tqdm(raw_rows(name, prompts), desc=name, unit=" rows", delay=1, disable=None):
@@ -148,19 +188,21 @@ def read_set(name, prompts=False):
         columns, convert = SCHEMAS[schema]
         try:
             row = convert({column: raw[column] for column in columns.split()} | raw)  # KeyError if one lacks
-            row = row if isinstance(row, str) else clean(row)
+            row = row if isinstance(row, str) else clean(row, args.edit_distance)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}; give it {columns.replace(' ', ', ')}"
             fail(f"{name}, row {number}: not a row of the set's {schema} ({reason})")
         if isinstance(row, str):
             dropped[row] += 1
         else:
-            rows[split].append(row)
+            rows[split].append(store.add(row, args.seed))
     reasons = ", ".join(f"{count:,} {why}" for why, count in dropped.items()) or "none"
     counts = " and ".join(f"{len(rows[split]):,} {split}" for split in rows if rows[split])
     if not counts:
         fail(f"{name}: " + (f"no row of it can be used: {reasons}" if dropped else "it holds no rows"))
     print(f"{name} ({schema}): {counts} rows; dropped: {reasons}")
+    if schema == "unlabelled pairs":
+        print(f"{name}: these pairs carry no labels, so align.py needs --labels oracle for them")
     return schema, rows
 
 
@@ -212,15 +254,14 @@ def file_rows(path):
         if path.endswith(".parquet"):
             import pyarrow.parquet  # here, as JSON needs none of it
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
         elif path.endswith((".csv", ".csv.gz")):
             from pyarrow import csv
             # in these columns 12 is a text; in the others it is a number, and nothing is None
             texts = {column: "string" for columns, _ in SCHEMAS.values() for column in columns.split()
                      if "rating" not in column}
-            yield from enumerate(csv.read_csv(
+            batches = csv.read_csv(
                 path, parse_options=csv.ParseOptions(newlines_in_values=True),
-                convert_options=csv.ConvertOptions(column_types=texts)).to_pylist(), 1)
+                convert_options=csv.ConvertOptions(column_types=texts)).to_batches(1000)
         else:
             with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
                 for number, line in enumerate(file, 1):
@@ -228,9 +269,11 @@ def file_rows(path):
                         yield from enumerate(json.loads(line + file.read()), 1)
                     elif line.strip():
                         yield number, json.loads(line)
+            return
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except json.JSONDecodeError as error:
         fail(f"{path}, line {number}: not JSON ({error}); write one JSON object a line, or one array of them")
-    except (OSError, EOFError, zlib.error, ValueError, NotImplementedError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, NotImplementedError, RecursionError) as error:
         reason = str(error).split("\n")[0]
         fail(f"{path}: cannot read it ({reason}); name a UTF-8 JSON or CSV file, or a parquet file")
 
@@ -253,6 +296,15 @@ def openai_row(raw):
            "confidence": (raw.get("extra") or {}).get("confidence"),
            "id": info.get("id"), "batch": raw.get("batch")}
     return {key: value for key, value in row.items() if value is not None}
+
+
+def unlabelled_row(raw):
+    """Two responses in the order of the file. The Oracle says later which of them is chosen."""
+    texts = raw["responses"]
+    if not (isinstance(texts, list) and len(texts) == 2 and all(isinstance(text, str) for text in texts)):
+        raise TypeError("`responses` is not a list of two texts")
+    row = {key: value for key, value in raw.items() if key not in ("prompt", "responses")}
+    return {"prompt": raw["prompt"], "chosen": texts[0], "rejected": texts[1]} | row
 
 
 def conversation_row(raw):
@@ -312,6 +364,7 @@ SCHEMAS = {
     "argilla's UltraFeedback": ("prompt chosen rejected chosen-rating rejected-rating",
                                 lambda raw: rated_row(raw, raw["chosen-rating"], raw["rejected-rating"])),
     "pairs": ("prompt chosen rejected", dict),
+    "unlabelled pairs": ("prompt responses", unlabelled_row),
     "conversations": ("chosen rejected", conversation_row),
     "SFT rows": ("prompt chosen", dict),
     "SFT labels": ("prompt label", lambda raw: answer_row(raw, "label")),
@@ -324,7 +377,10 @@ SCHEMAS = {
 }
 
 
-def clean(row):
+ROLES = "system", "developer", "user", "assistant", "tool"
+
+
+def clean(row, edit_distance):
     """The row as the models read it, with a pair's `edit_distance`; or (a str) why it is dropped."""
     row, prompt = dict(row), row["prompt"]
     if isinstance(prompt, str) and isinstance(row.get("chosen"), list):
@@ -333,10 +389,12 @@ def clean(row):
         prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
         if not all(isinstance(text, str) for message in prompt for text in message.values()):
             raise TypeError("a message's role or content is not text")
+        if not all(message["role"] in ROLES for message in prompt):
+            raise TypeError(f"a message's role is none of {', '.join(ROLES)}")
     last = prompt[-1]["content"] if isinstance(prompt, list) and prompt else prompt
     if not last or not last.strip():
         return "with an empty prompt"
-    row["prompt"] = sys.intern(prompt) if isinstance(prompt, str) else prompt  # one copy for its many pairs
+    row["prompt"] = prompt
     space = " " if isinstance(prompt, str) and not prompt[-1].isspace() else ""
     for key in ("chosen", "rejected", "reference"):
         text = row.get(key) or ""
@@ -349,27 +407,27 @@ def clean(row):
             return f"with an empty `{key}`"
     confidence = row.pop("confidence", None)
     if confidence is not None and confidence == confidence:  # nan is how some tables write None
-        if not isinstance(confidence, (int, float)):
-            raise TypeError("`confidence` is not a number")
+        if not isinstance(confidence, (int, float)) or not abs(confidence) < 2**53:
+            raise TypeError("`confidence` is not a finite number")
         row["confidence"] = confidence
     if "rejected" in row:
         if row["chosen"] == row["rejected"]:
             return "with identical responses"
-        distance = Levenshtein.normalized_distance(row["chosen"].split(), row["rejected"].split())
-        row["edit_distance"] = round(distance, 4)
+        texts = [row["chosen"].split(), row["rejected"].split()]
+        if edit_distance == "texts":  # as the paper's means say: of TL;DR's prompt, the post alone counts
+            turns = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+            post = " ".join(turns).split("\n\nPOST: ")[-1].removesuffix("TL;DR:").split()
+            texts = [post + text for text in texts]
+        row["edit_distance"] = round(Levenshtein.normalized_distance(*texts), 4)
     return row
 
 
-def held_out(sets, fraction, seed):
-    """Of sets of prompts, those with hash(seed, prompt) / 2^64 < fraction; of each set one at least."""
-    place = {}  # prompt -> its place in [0, 1)
-    for prompt in set().union(*sets):
-        digest = hashlib.sha256(f"{seed} {prompt}".encode("utf-8", "replace")).digest()
-        place[prompt] = int.from_bytes(digest[:8], "big") / 2**64
-    held = {prompt for prompt in place if place[prompt] < fraction}
-    for number, prompts in enumerate(sets):
-        if fraction > 0 and len(prompts) > 1 and not prompts & held:  # if it can, it spares the sets before
-            held.add(min(prompts.difference(*sets[:number]) or prompts, key=place.get))
+def held_out(sets, fraction):
+    """Of sets of places, those with place / 2^64 < fraction; of each set one at least."""
+    held = {place for places in sets for place in places if place / 2**64 < fraction}
+    for number, places in enumerate(sets):
+        if fraction > 0 and len(places) > 1 and not places & held:  # if it can, it spares the sets before
+            held.add(min(places.difference(*sets[:number]) or places))
     return held
 
 
@@ -377,9 +435,9 @@ def make_splits(kind, rows, own, held, seed):
     """{"train", "validation"} rows -> (train, held out of train, validation), each in the seed's order."""
     for split in rows.values():
         random.Random(seed).shuffle(split)
-    fresh = [row for row in rows["train"] if prompt_key(row) not in own]
-    train = [row for row in fresh if prompt_key(row) not in held]
-    out = [row for row in fresh if prompt_key(row) in held]
+    fresh = [row for row in rows["train"] if row.prompt not in own]
+    train = [row for row in fresh if row.prompt not in held]
+    out = [row for row in fresh if row.prompt in held]
     if own:
         print(f"{kind}: of {len(rows['train']):,} train rows, {len(out):,} held out by prompt, "
               f"{len(rows['train']) - len(fresh):,} dropped as a validation split has their prompt")
@@ -388,49 +446,43 @@ def make_splits(kind, rows, own, held, seed):
     return train, out, rows["validation"] or out
 
 
-def prompt_key(row):
-    """The row's prompt as text; a lone user's message is the same prompt as its text."""
-    prompt = row["prompt"]
-    if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
-        prompt = prompt[0]["content"]
-    return prompt if isinstance(prompt, str) else json.dumps(prompt)
-
-
 def preference_splits(train, held, validation):
     """{set: {split: rows}} of all, hc_he and lc_le, by the medians of `train`; prints Table 5."""
     sets = {"all": {"train": train, "validation": validation}} | {
         name: {"train": [], "validation": []} for name in ("hc_he", "lc_le")}
-    if "confidence" in train[0]:
-        confidence = statistics.median(row["confidence"] for row in train)
-        distance = statistics.median(row["edit_distance"] for row in train)
+    if train[0].confidence is not None:
+        confidence = statistics.median(row.confidence for row in train)
+        distance = statistics.median(row.edit_distance for row in train)
         print(f"medians of all/train: confidence {confidence:g}, edit distance {distance:.4f}")
         for name, side, beyond in ("hc_he", "above", operator.gt), ("lc_le", "below", operator.lt):
             for split, rows in ("train", train), ("validation", held):
-                sets[name][split] = [row for row in rows if beyond(row["confidence"], confidence)
-                                     and beyond(row["edit_distance"], distance)]
+                sets[name][split] = [row for row in rows if beyond(row.confidence, confidence)
+                                     and beyond(row.edit_distance, distance)]
             if not sets[name]["train"]:
                 print(f"{name} stays empty: no training pair is {side} both medians")
     else:
         print("no confidences, so hc_he and lc_le stay empty")
     print("\n| set | confidence | edit distance | train | validation |\n|---|---|---|---|---|")
     for name, splits in sets.items():
-        keys = "confidence", "edit_distance"
-        columns = [[row[key] for row in splits["train"] if key in row] for key in keys]
-        means = [f"{statistics.fmean(column):.2f}" if column else "-" for column in columns]
+        columns = [[row.confidence for row in splits["train"]], [row.edit_distance for row in splits["train"]]]
+        means = ["-" if None in column or not column else f"{statistics.fmean(column):.2f}" for column in columns]
         print(f"| {name} | {' | '.join(means)} | {len(splits['train']):,} | {len(splits['validation']):,} |")
     print()
     return sets
 
 
-def prompt_set(name, label, args):
+def prompt_set(name, label, args, store):
     """--num_prompts random rows of unique prompts: prompt, dataset; reference and id where there are."""
     unique = {}
-    for row in sum(read_set(name, prompts=True)[1].values(), []):
+    for row in sum(read_set(name, args, store, prompts=True)[1].values(), []):
+        unique.setdefault(row.prompt, row)
+    count = min(args.num_prompts or len(unique), len(unique))
+    rows = []
+    for row in map(store.load, random.Random(args.seed).sample(list(unique.values()), count)):
         new = {"prompt": row["prompt"], "reference": row.get("reference", row.get("chosen")),
                "dataset": label, "id": row.get("id")}
-        unique.setdefault(prompt_key(row), {key: value for key, value in new.items() if value is not None})
-    count = min(args.num_prompts or len(unique), len(unique))
-    return random.Random(args.seed).sample(list(unique.values()), count)
+        rows.append(store.add({key: value for key, value in new.items() if value is not None}, args.seed))
+    return rows
 
 
 # ---- copies: the stages share these to the letter
