@@ -1,33 +1,32 @@
 """
-Splits preference sets into data/{all,hc_he,lc_le}/{train,validation}.jsonl and prints the paper's Table 5.
-Splits SFT sets into data/sft/{train,validation}.jsonl. Draws prompts into data/prompts/NAME.jsonl.
+Turns raw preference sets into data/{all,hc_he,lc_le}/{train,validation}.jsonl and prints the paper's Table 5.
+Turns SFT sets into data/sft/{train,validation}.jsonl, and prompt sets into data/prompts/NAME.jsonl.
 
     python splits.py --dataset openai/summarize_from_feedback CarperAI/openai_summarize_tldr
     python splits.py --dataset my_pairs.jsonl.gz my_sft.csv trl-lib/tldr-preference:validation --seed 0
     python splits.py --prompts abisee/cnn_dailymail data/all/validation.jsonl --num_prompts 500
 
 In:  .jsonl, .json, .csv (all also as .gz) and .parquet files, hub ids, and folders that load_dataset reads.
-     SCHEMAS lists the columns that it knows. `id:split` names one split of a hub id or a folder; without it,
-     raw_rows picks. A split whose name starts with val, dev or test is a validation split.
-Out: a JSON row a line. `prompt` is a text or a list of {"role", "content"} messages; `chosen` is a text.
-     A pair also has `rejected`, `edit_distance` (0-1) and, where its set has one, `confidence`. Other keys
-     stay if the row came in this form. A response to a text starts with one space (none if the prompt ends
-     in white space), so prompt + response is the whole text. A response to messages starts with none.
+     SCHEMAS lists the columns they may have. `id:split` reads one split of a hub id or folder;
+     otherwise raw_rows picks. A split called val..., dev... or test... is a validation split.
+Out: a JSON row a line. `prompt` is text or a list of {"role", "content"} messages, and `chosen` is text. A
+     pair also has `rejected`, `edit_distance` (0-1) and, where its set has one, `confidence`. Other keys stay
+     if the row came in this form. A response to plain text starts with one space (none if the prompt ends in
+     white space), so prompt + response is the text. A response to messages starts with none.
 
 hc_he has the pairs above both medians of all/train, of confidence and edit distance; lc_le those below both.
 - Train and validation share no prompt. A prompt is held out if a hash of --seed and its text falls below
-  --validation_fraction. So it is on the same side in every set, and in every call with these two flags.
-  (If no prompt of a tiny set falls below, one is held out, in this call alone.)
-- A validation split that a set brings is all/validation. No set trains on its prompts. hc_he and lc_le still
-  take theirs from the train rows: a tenth of the prompts, which all/train and sft/train then lack.
-- If a set has confidences, its rows without one are left out. If it has none, it becomes `all` alone.
-tests/PAPER.md gives the reasons, and says where the paper leaves a choice.
+  --validation_fraction. So it is on the same side in every set, and in every call with these two flags. (If
+  no prompt of a tiny set falls below, one is held out, in this call alone.)
+- A validation split that a set brings is all/validation. Its prompts leave every train set. hc_he and lc_le
+  still hold out prompts of the train rows. These leave all/train and sft/train too.
+- A set with confidences loses its rows without one. A set without confidences becomes `all` alone.
+tests/PAPER.md has the reasons, and the other places where the paper leaves a choice.
 """
 import argparse
 import gzip
 import hashlib
 import json
-import operator
 import os
 import random
 import re
@@ -61,9 +60,8 @@ def parse_args():
     args = parser.parse_args()
     if not args.dataset and not args.prompts:
         fail("nothing to do; name sets after --dataset or --prompts")
-    for flag, names in ("--dataset", args.dataset), ("--prompts", args.prompts):
-        if len({os.path.normpath(name) for name in names}) < len(names):
-            fail(f"{flag}: a set is named twice; name it once")
+    if len(set(map(os.path.normpath, args.dataset))) < len(args.dataset):
+        fail("--dataset: a set is named twice; name it once")
     if not 0 <= args.validation_fraction < 1:
         fail(f"--validation_fraction {args.validation_fraction}: give a share of at least 0 and below 1")
     if args.num_prompts < 0:
@@ -78,20 +76,17 @@ def parse_args():
 
 def main():
     args = parse_args()
-    store = Store(args.out)
+    os.makedirs(args.out, exist_ok=True)
+    store = tempfile.TemporaryFile(dir=args.out)  # of all rows; it has no name, and goes with the program
 
     # read: the sets of a kind are put together
     pairs, sft = {"train": [], "validation": []}, {"train": [], "validation": []}
-    schemas = set()  # of the preference sets
+    schemas = set()  # of the pairs
     for name in args.dataset:
         schema, rows = read_set(name, args, store)
-        columns = store.load((rows["train"] or rows["validation"])[0])
-        if "chosen" not in columns:
-            fail(f"{name}: no column `chosen` ({' '.join(columns)}); rename one, or give prompts to --prompts")
-        if "rejected" in columns:
-            schemas.add(schema)
+        schemas |= {schema} & PAIRS
         for split in rows:
-            (pairs if "rejected" in columns else sft)[split] += rows[split]
+            (pairs if schema in PAIRS else sft)[split] += rows[split]
     if len(schemas) > 1:
         fail(f"--dataset: several schemas of pairs ({', '.join(sorted(schemas))}); give each its own --out")
 
@@ -105,18 +100,23 @@ def main():
         missing = " and ".join(f"{len(pairs[split]) - len(kept[split]):,} {split}" for split in pairs)
         print(f"without a confidence, left out of every split: {missing} rows")
         pairs = kept
-    held = held_out([{row.prompt for row in kind["train"]} - own for kind in (pairs, sft)],
-                    args.validation_fraction)
+    fresh = [{row.prompt for row in kind["train"]} - own for kind in (pairs, sft)]
+    held = {prompt for prompts in fresh for prompt in prompts if prompt / 2**64 < args.validation_fraction}
+    for number, prompts in enumerate(fresh):  # one at least; if it can, it spares the set before
+        if args.validation_fraction > 0 and len(prompts) > 1 and not prompts & held:
+            held.add(min(prompts.difference(*fresh[:number]) or prompts))
     files = {}  # path -> rows
     if schemas:
-        splits = make_splits("preference sets", pairs, own, held, args.seed)
-        for name, halves in preference_splits(*splits).items():
-            files |= {f"{name}/{split}.jsonl": rows for split, rows in halves.items()}
+        files |= preference_splits(*make_splits("preference sets", pairs, own, held, args.seed))
     if any(sft.values()):
         train, _, validation = make_splits("SFT sets", sft, own, held, args.seed)
         files |= {"sft/train.jsonl": train, "sft/validation.jsonl": validation}
     for label, name in args.prompts.items():
-        files[f"prompts/{label}.jsonl"] = prompt_set(name, label, args, store)
+        unique = {}
+        for row in sum(read_set(name, args, store, label)[1].values(), []):
+            unique.setdefault(row.prompt, row)
+        count = min(args.num_prompts or len(unique), len(unique))
+        files[f"prompts/{label}.jsonl"] = random.Random(args.seed).sample(list(unique.values()), count)
 
     # write: all files are whole before the first takes its place; files of an earlier call that have no rows
     # now go, as sets would mix
@@ -129,7 +129,9 @@ def main():
             if rows:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 with open(path + ".partial", "wb") as file:
-                    file.writelines(map(store.line, rows))
+                    for row in rows:
+                        store.seek(row.start)
+                        file.write(store.readline())
     except OSError:
         for path in filter(os.path.exists, [path + ".partial" for path in files]):
             os.remove(path)
@@ -143,48 +145,19 @@ def main():
             print(f"{path}: no rows; removed the file of an earlier call")
 
 
-Row = namedtuple("Row", "prompt confidence edit_distance start")  # prompt: its place; start: of its line
-
-
-class Store:
-    """The rows, in a file without a name that goes with the program. Memory holds 0.3 KB a row."""
-
-    def __init__(self, folder):
-        os.makedirs(folder, exist_ok=True)
-        self.file = tempfile.TemporaryFile(dir=folder)
-
-    def add(self, row, seed):
-        """Writes the row as a line of JSON. A lone surrogate has no UTF-8: it becomes `?`."""
-        start = self.file.seek(0, os.SEEK_END)
-        line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
-        self.file.write(line.encode("utf-8", "replace"))
-        return Row(place(row["prompt"], seed), row.get("confidence"), row.get("edit_distance"), start)
-
-    def line(self, row):
-        self.file.seek(row.start)
-        return self.file.readline()
-
-    def load(self, row):
-        return json.loads(self.line(row))
-
-
-def place(prompt, seed):
-    """The hash of seed and prompt, below 2^64. A lone user's message is the same prompt as its text."""
-    if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
-        prompt = prompt[0]["content"]
-    prompt = prompt if isinstance(prompt, str) else json.dumps(prompt)
-    return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode("utf-8", "replace")).digest()[:8], "big")
-
-
-def read_set(name, args, store, prompts=False):
-    """(schema, {"train": rows, "validation": rows}) of a set; prints what was read and dropped."""
+def read_set(name, args, store, label=None):
+    """(schema, {"train": rows, "validation": rows}) of a set; prints what was read and dropped. With a label
+    it is a prompt set."""
     schema, rows, dropped = None, {"train": [], "validation": []}, Counter()
-    for split, number, raw in tqdm(raw_rows(name, prompts), desc=name, unit=" rows", delay=1, disable=None):
+    for split, number, raw in tqdm(raw_rows(name, label), desc=name, unit=" rows", delay=1, disable=None):
         if schema is None:
             schema = next((kind for kind in SCHEMAS if set(SCHEMAS[kind][0].split()) <= set(raw)), None)
+            schema = "prompts" if schema == "unlabelled pairs" and label else schema
         if schema is None:
             known = "; ".join(f"{kind}: {columns}" for kind, (columns, _) in SCHEMAS.items())
             fail(f"{name}: no known schema has its columns ({' '.join(raw)}); rename them to one of: {known}")
+        if schema == "prompts" and not label:
+            fail(f"{name}: no column `chosen` ({' '.join(raw)}); rename one, or give prompts to --prompts")
         columns, convert = SCHEMAS[schema]
         try:
             row = convert({column: raw[column] for column in columns.split()} | raw)  # KeyError if one lacks
@@ -194,8 +167,12 @@ def read_set(name, args, store, prompts=False):
             fail(f"{name}, row {number}: not a row of the set's {schema} ({reason})")
         if isinstance(row, str):
             dropped[row] += 1
-        else:
-            rows[split].append(store.add(row, args.seed))
+            continue
+        if label:
+            answer = row.get("reference", row.get("chosen"))
+            row = {"prompt": row["prompt"], "reference": answer, "dataset": label, "id": row.get("id")}
+            row = {key: value for key, value in row.items() if value is not None}
+        rows[split].append(add(store, row, args.seed))
     reasons = ", ".join(f"{count:,} {why}" for why, count in dropped.items()) or "none"
     counts = " and ".join(f"{len(rows[split]):,} {split}" for split in rows if rows[split])
     if not counts:
@@ -206,15 +183,14 @@ def read_set(name, args, store, prompts=False):
     return schema, rows
 
 
-# What load_dataset needs where the id is not enough. It runs no scripts, so two sets are read as files: the
-# hub's own conversion to parquet, and the JSON beside the script.
-OPENAI = "hf://datasets/openai/summarize_from_feedback@refs/convert/parquet/comparisons"
+# load_dataset runs no scripts: it reads two sets from the hub's own parquet files and the script's JSON.
+OPENAI = "hf://datasets/openai/summarize_from_feedback@refs/convert/parquet/comparisons/{}/*.parquet"
+ALPACA = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"
 HUB = {
-    "abisee/cnn_dailymail": {"path": "abisee/cnn_dailymail", "name": "3.0.0"},
-    "tatsu-lab/alpaca_eval": {"path": "json", "data_files": {
-        "eval": "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"}},
+    "abisee/cnn_dailymail": {"name": "3.0.0"},
+    "tatsu-lab/alpaca_eval": {"path": "json", "data_files": {"eval": ALPACA}},
     "openai/summarize_from_feedback": {"path": "parquet", "data_files": {
-        "train": OPENAI + "/train/*.parquet", "validation": OPENAI + "/validation/*.parquet"}},
+        split: OPENAI.format(split) for split in ("train", "validation")}},
 }
 
 
@@ -231,7 +207,7 @@ def raw_rows(name, prompts):
     path, _, wanted = name.partition(":")
     try:
         from datasets import load_dataset  # here, as the import takes seconds
-        splits = load_dataset(**HUB.get(path, {"path": path}), split=wanted or None)
+        splits = load_dataset(**({"path": path} | HUB.get(path, {})), split=wanted or None)
     except Exception as error:  # the hub client's failures have no class in common
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         fail(f"{name}: no file, and the hub does not give it ({reason}); mend the name or the connection")
@@ -259,8 +235,8 @@ def file_rows(path):
             # in these columns 12 is a text; in the others it is a number, and nothing is None
             texts = {column: "string" for columns, _ in SCHEMAS.values() for column in columns.split()
                      if "rating" not in column}
-            batches = csv.read_csv(
-                path, parse_options=csv.ParseOptions(newlines_in_values=True),
+            batches = csv.read_csv(  # a block holds the longest row, and decides what is a number
+                path, csv.ReadOptions(block_size=2**26), csv.ParseOptions(newlines_in_values=True),
                 convert_options=csv.ConvertOptions(column_types=texts)).to_batches(1000)
         else:
             with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
@@ -287,7 +263,7 @@ def openai_row(raw):
     info, choice, text = raw["info"], raw["choice"], [summary["text"] for summary in raw["summaries"]]
     if info.get("post"):
         parts = info["subreddit"], info.get("title") or "", info["post"]
-        prompt = TLDR.format(*(part.strip() for part in parts))
+        prompt = TLDR.format(*map(str.strip, parts))
     elif info.get("article"):  # the validation split's CNN/DM batches
         prompt = ARTICLE.format(info["article"].strip())
     else:
@@ -299,12 +275,11 @@ def openai_row(raw):
 
 
 def unlabelled_row(raw):
-    """Two responses in the order of the file. The Oracle says later which of them is chosen."""
-    texts = raw["responses"]
-    if not (isinstance(texts, list) and len(texts) == 2 and all(isinstance(text, str) for text in texts)):
+    """Two responses in the order of the file. The Oracle says later which of them is the chosen one."""
+    responses = raw.pop("responses")
+    if not isinstance(responses, list) or len(responses) != 2:
         raise TypeError("`responses` is not a list of two texts")
-    row = {key: value for key, value in raw.items() if key not in ("prompt", "responses")}
-    return {"prompt": raw["prompt"], "chosen": texts[0], "rejected": texts[1]} | row
+    return raw | {"chosen": responses[0], "rejected": responses[1]}
 
 
 def conversation_row(raw):
@@ -334,18 +309,16 @@ def rated_row(row, better, worse):
 
 def answer_row(raw, column):
     """An SFT row whose response stands in `column`; the prompt of TL;DR's (`label`) gets OpenAI's format."""
-    row = {key: value for key, value in raw.items() if key not in ("prompt", column)}
     post = column == "label" and re.fullmatch(
         r"SUBREDDIT: r/(.*?)\n+TITLE:(.*?)\n+POST:(.*)\n+TL;DR:\s*", raw["prompt"], re.DOTALL)
-    prompt = TLDR.format(*(part.strip() for part in post.groups())) if post else raw["prompt"]
-    return {"prompt": prompt, "chosen": raw[column]} | row
+    if post:
+        raw["prompt"] = TLDR.format(*map(str.strip, post.groups()))
+    return {"prompt": raw["prompt"], "chosen": raw.pop(column)} | raw
 
 
 def messages_row(raw):
-    talk = raw["messages"]
-    if not talk or talk[-1]["role"] != "assistant":
-        return "without an assistant's last turn"
-    return answer_row(raw | {"prompt": talk[:-1]}, "messages")
+    *raw["prompt"], last = raw["messages"] or [{"role": None}]
+    return answer_row(raw, "messages") if last["role"] == "assistant" else "without an assistant's last turn"
 
 
 def article_row(raw):
@@ -364,7 +337,6 @@ SCHEMAS = {
     "argilla's UltraFeedback": ("prompt chosen rejected chosen-rating rejected-rating",
                                 lambda raw: rated_row(raw, raw["chosen-rating"], raw["rejected-rating"])),
     "pairs": ("prompt chosen rejected", dict),
-    "unlabelled pairs": ("prompt responses", unlabelled_row),
     "conversations": ("chosen rejected", conversation_row),
     "SFT rows": ("prompt chosen", dict),
     "SFT labels": ("prompt label", lambda raw: answer_row(raw, "label")),
@@ -373,10 +345,10 @@ SCHEMAS = {
     "SFT messages": ("messages", messages_row),
     "articles": ("article highlights", article_row),
     "instructions": ("instruction output", instruction_row),
+    "unlabelled pairs": ("prompt responses", unlabelled_row),
     "prompts": ("prompt", dict),
 }
-
-
+PAIRS = {"OpenAI's comparisons", "argilla's UltraFeedback", "pairs", "conversations", "unlabelled pairs"}
 ROLES = "system", "developer", "user", "assistant", "tool"
 
 
@@ -387,10 +359,8 @@ def clean(row, edit_distance):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
         prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
-        if not all(isinstance(text, str) for message in prompt for text in message.values()):
-            raise TypeError("a message's role or content is not text")
-        if not all(message["role"] in ROLES for message in prompt):
-            raise TypeError(f"a message's role is none of {', '.join(ROLES)}")
+        if not all(message["role"] in ROLES and isinstance(message["content"], str) for message in prompt):
+            raise TypeError(f"a message's content is no text, or its role is none of {', '.join(ROLES)}")
     last = prompt[-1]["content"] if isinstance(prompt, list) and prompt else prompt
     if not last or not last.strip():
         return "with an empty prompt"
@@ -413,22 +383,28 @@ def clean(row, edit_distance):
     if "rejected" in row:
         if row["chosen"] == row["rejected"]:
             return "with identical responses"
-        texts = [row["chosen"].split(), row["rejected"].split()]
-        if edit_distance == "texts":  # as the paper's means say: of TL;DR's prompt, the post alone counts
+        post = []
+        if edit_distance == "texts":  # of TL;DR's prompts the post alone counts: that gives the paper's means
             turns = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
             post = " ".join(turns).split("\n\nPOST: ")[-1].removesuffix("TL;DR:").split()
-            texts = [post + text for text in texts]
+        texts = [(post + row[key].split())[:50_000] for key in ("chosen", "rejected")]  # more takes minutes
         row["edit_distance"] = round(Levenshtein.normalized_distance(*texts), 4)
     return row
 
 
-def held_out(sets, fraction):
-    """Of sets of places, those with place / 2^64 < fraction; of each set one at least."""
-    held = {place for places in sets for place in places if place / 2**64 < fraction}
-    for number, places in enumerate(sets):
-        if fraction > 0 and len(places) > 1 and not places & held:  # if it can, it spares the sets before
-            held.add(min(places.difference(*sets[:number]) or places))
-    return held
+Row = namedtuple("Row", "prompt confidence edit_distance start")  # prompt: a hash; start: where its line is
+
+
+def add(store, row, seed):
+    """Writes a row to the store, as a line of JSON. Its Row, 0.3 KB, is all that memory keeps of it."""
+    prompt, start = row["prompt"], store.seek(0, os.SEEK_END)
+    line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
+    store.write(line.encode("utf-8", "replace"))  # a lone surrogate has no UTF-8, it becomes "?"
+    if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
+        prompt = prompt[0]["content"]  # a lone user's message is the same prompt as its text
+    text = f"{seed} {prompt if isinstance(prompt, str) else json.dumps(prompt)}"
+    hashed = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
+    return Row(hashed, row.get("confidence"), row.get("edit_distance"), start)
 
 
 def make_splits(kind, rows, own, held, seed):
@@ -447,42 +423,29 @@ def make_splits(kind, rows, own, held, seed):
 
 
 def preference_splits(train, held, validation):
-    """{set: {split: rows}} of all, hc_he and lc_le, by the medians of `train`; prints Table 5."""
-    sets = {"all": {"train": train, "validation": validation}} | {
-        name: {"train": [], "validation": []} for name in ("hc_he", "lc_le")}
-    if train[0].confidence is not None:
+    """{file: rows} of all, hc_he and lc_le, by the medians of `train`; prints Table 5."""
+    files = {"all/train.jsonl": train, "all/validation.jsonl": validation}
+    rated = train[0].confidence is not None
+    if rated:
         confidence = statistics.median(row.confidence for row in train)
         distance = statistics.median(row.edit_distance for row in train)
         print(f"medians of all/train: confidence {confidence:g}, edit distance {distance:.4f}")
-        for name, side, beyond in ("hc_he", "above", operator.gt), ("lc_le", "below", operator.lt):
-            for split, rows in ("train", train), ("validation", held):
-                sets[name][split] = [row for row in rows if beyond(row.confidence, confidence)
-                                     and beyond(row.edit_distance, distance)]
-            if not sets[name]["train"]:
-                print(f"{name} stays empty: no training pair is {side} both medians")
     else:
         print("no confidences, so hc_he and lc_le stay empty")
+    for name, side, sign in ("hc_he", "above", 1), ("lc_le", "below", -1):
+        for split, rows in ("train", train), ("validation", held):
+            files[f"{name}/{split}.jsonl"] = [row for row in rows if rated and min(
+                sign * (row.confidence - confidence), sign * (row.edit_distance - distance)) > 0]
+        if rated and not files[f"{name}/train.jsonl"]:
+            print(f"{name} stays empty: no training pair is {side} both medians")
     print("\n| set | confidence | edit distance | train | validation |\n|---|---|---|---|---|")
-    for name, splits in sets.items():
-        columns = [[row.confidence for row in splits["train"]], [row.edit_distance for row in splits["train"]]]
-        means = ["-" if None in column or not column else f"{statistics.fmean(column):.2f}" for column in columns]
-        print(f"| {name} | {' | '.join(means)} | {len(splits['train']):,} | {len(splits['validation']):,} |")
+    for name in ("all", "hc_he", "lc_le"):
+        rows, others = files[f"{name}/train.jsonl"], files[f"{name}/validation.jsonl"]
+        columns = [row.confidence for row in rows if rated], [row.edit_distance for row in rows]
+        means = [f"{statistics.fmean(column):.2f}" if column else "-" for column in columns]
+        print(f"| {name} | {' | '.join(means)} | {len(rows):,} | {len(others):,} |")
     print()
-    return sets
-
-
-def prompt_set(name, label, args, store):
-    """--num_prompts random rows of unique prompts: prompt, dataset; reference and id where there are."""
-    unique = {}
-    for row in sum(read_set(name, args, store, prompts=True)[1].values(), []):
-        unique.setdefault(row.prompt, row)
-    count = min(args.num_prompts or len(unique), len(unique))
-    rows = []
-    for row in map(store.load, random.Random(args.seed).sample(list(unique.values()), count)):
-        new = {"prompt": row["prompt"], "reference": row.get("reference", row.get("chosen")),
-               "dataset": label, "id": row.get("id")}
-        rows.append(store.add({key: value for key, value in new.items() if value is not None}, args.seed))
-    return rows
+    return files
 
 
 # ---- copies: the stages share these to the letter
@@ -498,4 +461,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # a full disk, no permission, a folder that has vanished
-        fail(f"{error}; mend that and run again")
+        fail(f"cannot write to --out ({error}); name a folder with room that you may write to")
