@@ -51,12 +51,12 @@ def parse_args():
         help="sets with prompts to answer; of a hub set its test split, where it has one. `reference` is the "
              "set's answer, of a pair the chosen one")
     add = parser.add_argument_group("output (default)").add_argument
-    add("--out", default="data", help="folder to write to (%(default)s)")
+    add("--out", default="data", help="folder to write to, with room for all rows twice (%(default)s)")
     add("--validation_fraction", type=float, default=0.1, help="share of the prompts held out (%(default)s)")
     add("--num_prompts", type=int, default=1000, help="random prompts of a prompt set, 0: all (%(default)s)")
     add("--seed", type=int, default=0, help="picks held-out and random prompts, and the order (%(default)s)")
     add("--edit_distance", default="responses", choices=["responses", "texts"],
-        help="between the responses, or between post + response: Table 5's means (%(default)s)")
+        help="of the responses, or of post + response, which gives Table 5's means (%(default)s)")
     args = parser.parse_args()
     if not args.dataset and not args.prompts:
         fail("nothing to do; name sets after --dataset or --prompts")
@@ -118,8 +118,8 @@ def main():
         count = min(args.num_prompts or len(unique), len(unique))
         files[f"prompts/{label}.jsonl"] = random.Random(args.seed).sample(list(unique.values()), count)
 
-    # write: all files are whole before the first takes its place; files of an earlier call that have no rows
-    # now go, as sets would mix
+    # write: all files are whole before the first takes its place. A file of an earlier call that has no rows
+    # now goes, as sets would mix
     files = {os.path.join(args.out, path): rows for path, rows in files.items()}
     for name in (*args.dataset, *args.prompts.values()):
         if os.path.realpath(name) in map(os.path.realpath, files):
@@ -147,7 +147,7 @@ def main():
 
 def read_set(name, args, store, label=None):
     """(schema, {"train": rows, "validation": rows}) of a set; prints what was read and dropped. With a label
-    it is a prompt set."""
+    its rows are those of a prompt set."""
     schema, rows, dropped = None, {"train": [], "validation": []}, Counter()
     for split, number, raw in tqdm(raw_rows(name, label), desc=name, unit=" rows", delay=1, disable=None):
         if schema is None:
@@ -332,6 +332,7 @@ def instruction_row(raw):
 
 
 # Kind of set: its columns, raw row -> our row. A set is of the first kind whose columns its first row has.
+# A row function owns `raw`: it may change it.
 SCHEMAS = {
     "OpenAI's comparisons": ("info summaries choice", openai_row),
     "argilla's UltraFeedback": ("prompt chosen rejected chosen-rating rejected-rating",
