@@ -1,34 +1,50 @@
 """Runs splits.py on small raw files of each schema, and checks its output by other computations."""
+import contextlib
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
+import resource
+import runpy
 import statistics
-import subprocess
 import sys
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+datasets.disable_progress_bars()
 SPLITS = os.path.join(os.path.dirname(__file__), os.pardir, "splits.py")
 SETS = [f"{name}/{split}" for name in ("all", "hc_he", "lc_le") for split in ("train", "validation")]
 WORDS = "ash bay cob dew elm fen gum hay ivy jet kit log moss nut oak pea".split()
 
 
 def run(folder, *flags, status=0):
-    """Runs splits.py in `folder`; bad input must give one line on stderr and nothing else."""
-    done = subprocess.run([sys.executable, SPLITS, *map(str, flags)], cwd=folder, capture_output=True,
-                          text=True, env=dict(
-                              os.environ, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(folder / "cache"),
-                              HF_DATASETS_DISABLE_PROGRESS_BARS="1"))
-    assert done.returncode == status, done.stderr
+    """Runs splits.py in `folder`, in this process. Bad input must give one line and touch no file."""
+    before, out, err, code = tree(folder), io.StringIO(), io.StringIO(), 0
+    with (contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+          pytest.MonkeyPatch.context() as patch):
+        patch.setattr(sys, "argv", ["splits.py", *map(str, flags)])
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        try:
+            runpy.run_path(SPLITS, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    assert code == status, err.getvalue()
     if status:
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        assert not any(names for _, _, names in os.walk(folder / "data"))
-    return done.stderr if status else done.stdout
+        assert err.getvalue().startswith("error: ") and err.getvalue().count("\n") == 1, err.getvalue()
+        assert tree(folder) == before
+    return (err if status else out).getvalue()
+
+
+def tree(folder):
+    """{path: bytes} of a folder, without the cache of load_dataset."""
+    return {path: path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and folder / "cache" not in path.parents}
 
 
 def write(path, rows):
@@ -394,6 +410,26 @@ def test_prompt_sets(tmp_path):
     assert len(read(tmp_path / "whole/prompts/news.jsonl")) == 50
 
 
+def test_unlabelled_pairs(tmp_path):
+    raw = [{"prompt": f"Ask {i}?", "responses": [f"First {i}.", f"Last {i}."], "mine": i} for i in range(20)]
+    stdout = run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw), "--prompts", "raw.jsonl")
+    assert "no labels, so align.py needs --labels oracle" in stdout
+    rows = read(tmp_path / "data/all/train.jsonl") + read(tmp_path / "data/all/validation.jsonl")
+    assert sorted(rows, key=lambda row: row["mine"]) == [
+        {"prompt": f"Ask {i}?", "mine": i, "chosen": f" First {i}.", "rejected": f" Last {i}.",
+         "edit_distance": 0.5} for i in range(20)]
+    assert all("reference" not in row for row in read(tmp_path / "data/prompts/raw.jsonl"))
+
+
+def test_edit_distance_between_post_and_response(tmp_path):
+    write(tmp_path / "raw.jsonl", [comparison(i, 1 + i % 9) for i in range(40)])
+    run(tmp_path, "--dataset", "raw.jsonl", "--edit_distance", "texts", "--validation_fraction", 0)
+    for row in read(tmp_path / "data/all/train.jsonl"):
+        number = row["prompt"].split("TITLE: Title ")[1].split("\n")[0]
+        texts = [f"Post {number} of train. More.{row[key]}".split() for key in ("chosen", "rejected")]
+        assert row["edit_distance"] == pytest.approx(distance(*texts), abs=5.1e-5)
+
+
 def test_a_set_without_sides_writes_no_sides(tmp_path):
     run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", pairs(60, prompts=20)))
     assert (tmp_path / "data/hc_he/train.jsonl").exists()
@@ -401,46 +437,109 @@ def test_a_set_without_sides_writes_no_sides(tmp_path):
     stdout = run(tmp_path, "--dataset", write(tmp_path / "flat.jsonl", flat))
     assert "hc_he stays empty" in stdout and "| hc_he | - | - | 0 | 0 |" in stdout
     assert (tmp_path / "data/all/train.jsonl").exists() and not (tmp_path / "data/hc_he/train.jsonl").exists()
-    two = [{"prompt": name, "chosen": "yes", "rejected": "no"} for name in "ab"]
-    run(tmp_path, "--dataset", write(tmp_path / "two.jsonl", two), "--out", "two")
-    for split in "train", "validation":
-        assert len(read(tmp_path / f"two/all/{split}.jsonl")) == 1
+
+
+def test_odd_files_that_are_fine(tmp_path):
+    """Blank lines, a BOM, lone surrogates, 10 MB in a row; they come out as JSON that is UTF-8."""
+    prompts = ["a", "b\ud800", "\ud7ff\u2028é", "long " * 2_000_000]
+    lines = [json.dumps({"prompt": prompt, "chosen": "b", "rejected": "c"}) for prompt in prompts]
+    (tmp_path / "x.jsonl").write_text("\n\n".join(lines) + "\n \n", encoding="utf-8-sig")
+    run(tmp_path, "--dataset", "x.jsonl", "--validation_fraction", 0)
+    rows = read(tmp_path / "data/all/train.jsonl")
+    assert {row["prompt"] for row in rows} == {"a", "b?", *prompts[2:]}
+    write(tmp_path / "x.csv", [{"prompt": "a", "chosen": "b"}, {"prompt": prompts[3], "chosen": "b"}])
+    run(tmp_path, "--dataset", "x.csv", "--validation_fraction", 0)
+    assert {row["prompt"] for row in read(tmp_path / "data/sft/train.jsonl")} == {"a", prompts[3]}
+    words = ["one two " * 600_000, "two one " * 600_000]  # their whole distance would take minutes
+    run(tmp_path, "--dataset", write(tmp_path / "y.jsonl", [
+        {"prompt": "a", "chosen": words[0], "rejected": words[1]}]), "--validation_fraction", 0)
+
+
+def test_a_full_disk_touches_nothing(tmp_path):
+    """A limit on the size of a file stands for the full disk: of the store, then of an output."""
+    write(tmp_path / "raw.jsonl", pairs(300, prompts=60))
+    run(tmp_path, "--dataset", "raw.jsonl")
+    sizes = [os.path.getsize(tmp_path / f"data/{name}.jsonl") for name in ("all/train", "all/validation")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in sizes[1], sizes[0] - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            message = run(tmp_path, "--dataset", "raw.jsonl", "--seed", 1, status=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "--out" in message and "room" in message
 
 
 PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+COMPARISON = ('{"info": {"post": "a", "subreddit": "b"}, "summaries": [{"text": "a"}, {"text": "b"}], '
+              '"choice": 0}')
+ROW = "x.jsonl, row 1"
 
 
 @pytest.mark.parametrize("content, flags, words", [
     (None, "--dataset absent.jsonl", "absent.jsonl|no file|hub"),
     (None, "--dataset someone/unknown:train", "someone/unknown:train|no file|hub"),
-    (None, "--dataset trl-lib/ultrafeedback_binarized", "trl-lib/ultrafeedback_binarized|hub"),
     (None, "--prompts tatsu-lab/alpaca_eval", "tatsu-lab/alpaca_eval|hub"),
+    (None, "--dataset .", ".: no file|data files"),
     (None, "", "--dataset|--prompts"),
+    # files
     ("", "--dataset x.jsonl", "x.jsonl|no rows"),
+    ("\n \n", "--dataset x.jsonl", "x.jsonl|no rows"),
+    (PAIR.encode("utf-16"), "--dataset x.jsonl", "x.jsonl: cannot read it|UTF-8"),
+    (PAIR.replace("a", "\xe9").encode("latin-1"), "--dataset x.jsonl", "x.jsonl: cannot read it|UTF-8"),
+    (gzip.compress(PAIR.encode()), "--dataset x.jsonl", "x.jsonl: cannot read it|UTF-8"),
+    (PAIR, "--dataset x.jsonl.gz", "x.jsonl.gz: cannot read it|gzip"),
+    (gzip.compress(PAIR.encode())[:-9], "--dataset x.jsonl.gz", "x.jsonl.gz: cannot read it"),
+    (gzip.compress(PAIR.encode())[:20] + 40 * b"x", "--dataset x.jsonl.gz", "x.jsonl.gz: cannot read it"),
+    ("PAR1 no parquet", "--dataset x.parquet", "x.parquet: cannot read it"),
+    ("", "--dataset x.csv", "x.csv|mpty"),
+    ("prompt,chosen\na,b,c\n", "--dataset x.csv", "x.csv|columns"),
+    ("prompt,chosen\n", "--dataset x.csv", "x.csv|no rows"),
+    # JSON
     (PAIR + "\n{oops\n", "--dataset x.jsonl", "x.jsonl, line 2|not JSON"),
     ('[{"prompt": ', "--prompts x.jsonl", "x.jsonl|not JSON"),
+    (10**5 * "[", "--dataset x.jsonl", "x.jsonl: cannot read it|recursion"),
     (PAIR + "\n7\n", "--dataset x.jsonl", "x.jsonl, line 2|object"),
-    (PAIR + '\n\n{"prompt": "a", "chosen": "b"}\n', "--dataset x.jsonl", "x.jsonl, row 3|'rejected'"),
-    (PAIR.replace('"c"', "3"), "--dataset x.jsonl", "x.jsonl, row 1|pairs"),
-    (PAIR[:-1] + ', "confidence": "high"}', "--dataset x.jsonl", "x.jsonl, row 1|confidence"),
+    ("null", "--dataset x.jsonl", "x.jsonl, line 1|object"),
+    ("[1]", "--dataset x.jsonl", "x.jsonl, line 1|object"),
+    # columns
     ('{"question": "a", "answer": "b"}', "--dataset x.jsonl", "question answer|info summaries|highlights"),
     ('{"prompt": "a"}', "--dataset x.jsonl", "x.jsonl|--prompts"),
     ('{"prompt": "a", "answer": "b"}', "--dataset x.jsonl", "prompt answer|`chosen`|--prompts"),
     ('{"question": "a", "chosen": "b", "rejected": "c"}', "--dataset x.jsonl", "name its column `prompt`"),
-    ("prompt,chosen\na,b,c\n", "--dataset x.csv", "x.csv|columns"),
+    (PAIR + '\n\n{"prompt": "a", "chosen": "b"}\n', "--dataset x.jsonl", "x.jsonl, row 3|'rejected'"),
+    # types
+    (PAIR.replace('"a"', "null"), "--dataset x.jsonl", "x.jsonl|no row|empty prompt"),
+    (PAIR.replace('"a"', "7"), "--dataset x.jsonl", f"{ROW}|pairs|prompt"),
+    (PAIR.replace('"a"', "[7]"), "--dataset x.jsonl", f"{ROW}|pairs|prompt"),
+    (PAIR.replace('"a"', '[{"role": "wizard", "content": "x"}]'), "--dataset x.jsonl", f"{ROW}|role|system"),
+    (PAIR.replace('"a"', '[{"role": "user", "content": 3}]'), "--dataset x.jsonl", f"{ROW}|content"),
+    (PAIR.replace('"c"', "3"), "--dataset x.jsonl", f"{ROW}|pairs|rejected"),
+    (PAIR.replace('"c"', '[{"role": "assistant"}]'), "--dataset x.jsonl", f"{ROW}|'content'"),
+    (PAIR.replace('"c"', '" "'), "--dataset x.jsonl", "x.jsonl|no row|empty `rejected`"),
+    (PAIR.replace('"c"', '" b"'), "--dataset x.jsonl", "x.jsonl|no row|identical"),
+    (PAIR[:-1] + ', "confidence": "high"}', "--dataset x.jsonl", f"{ROW}|confidence"),
+    (PAIR[:-1] + ', "confidence": Infinity}', "--dataset x.jsonl", f"{ROW}|confidence"),
     ("prompt,chosen,rejected,confidence\na,b,c,high\n", "--dataset x.csv", "x.csv, row 1|confidence"),
-    ("", "--dataset x.csv", "x.csv|mpty"),
-    (PAIR.replace('"c"', '" b"'), "--dataset x.jsonl", "x.jsonl|no row"),
-    ("PAR1 no parquet", "--dataset x.parquet", "x.parquet"),
-    ("no gzip", "--dataset x.jsonl.gz", "x.jsonl.gz"),
+    (COMPARISON.replace("0}", "2}"), "--dataset x.jsonl", f"{ROW}|choice"),
+    (COMPARISON.replace('{"post": "a", "subreddit": "b"}', "null"), "--dataset x.jsonl", f"{ROW}|info"),
+    ('{"chosen": 1, "rejected": 2}', "--dataset x.jsonl", f"{ROW}|chosen, rejected"),
+    ('{"messages": "text"}', "--dataset x.jsonl", f"{ROW}|messages"),
+    ('{"prompt": "a", "responses": ["b", "c", "d"]}', "--dataset x.jsonl", f"{ROW}|two texts"),
+    ('{"prompt": "a", "responses": "bc"}', "--dataset x.jsonl", f"{ROW}|two texts"),
+    # flags
     ('{"prompt": "a"}', "--prompts x.jsonl ./x.jsonl", "--prompts|x, x"),
     ('{"prompt": "a"}', "--prompts x.jsonl --num_prompts -1", "--num_prompts -1"),
+    (PAIR, "--dataset x.jsonl ./x.jsonl", "--dataset|twice"),
     (PAIR, "--dataset x.jsonl --validation_fraction 1", "--validation_fraction 1"),
-    (PAIR, "--dataset x.jsonl --out x.jsonl", "--out x.jsonl"),
+    (PAIR, "--dataset x.jsonl --out x.jsonl", "--out|x.jsonl"),
+    (PAIR, "--dataset data/all/train.jsonl", "data/all/train.jsonl: --out data would overwrite it"),
 ])
 def test_bad_input_is_one_line(tmp_path, content, flags, words):
     if content is not None:
-        (tmp_path / flags.split()[1]).write_text(content)
+        path = tmp_path / flags.split()[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     message = run(tmp_path, *flags.split(), status=2)
     assert all(word in message for word in words.split("|")), message
 
