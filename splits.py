@@ -179,7 +179,7 @@ def read_set(name, args, store, label=None):
         fail(f"{name}: " + (f"no row of it can be used: {reasons}" if dropped else "it holds no rows"))
     print(f"{name} ({schema}): {counts} rows; dropped: {reasons}")
     if schema == "unlabelled pairs":
-        print(f"{name}: these pairs carry no labels, so align.py needs --labels oracle for them")
+        print(f"{name}: these pairs carry no labels; let precompute_rewards.py --relabel order them")
     return schema, rows
 
 
@@ -452,9 +452,8 @@ def preference_splits(train, held, validation):
 # ---- copies: the stages share these to the letter
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
+    """Ends the program on bad input: one line on stderr, exit status 2."""
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 

@@ -413,7 +413,7 @@ def test_prompt_sets(tmp_path):
 def test_unlabelled_pairs(tmp_path):
     raw = [{"prompt": f"Ask {i}?", "responses": [f"First {i}.", f"Last {i}."], "mine": i} for i in range(20)]
     stdout = run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw), "--prompts", "raw.jsonl")
-    assert "no labels, so align.py needs --labels oracle" in stdout
+    assert "no labels; let precompute_rewards.py --relabel" in stdout
     rows = read(tmp_path / "data/all/train.jsonl") + read(tmp_path / "data/all/validation.jsonl")
     assert sorted(rows, key=lambda row: row["mine"]) == [
         {"prompt": f"Ask {i}?", "mine": i, "chosen": f" First {i}.", "rejected": f" Last {i}.",
