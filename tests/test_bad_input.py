@@ -289,7 +289,7 @@ CASES = {
     "two prompt sets of a name": ("splits.py --prompts x.jsonl ./x.jsonl", {}, ["--prompts", "x, x"]),
     "nothing to split": ("splits.py", {}, ["--dataset", "--prompts"]),
     "a file for a folder": (f"{DPO} --out rewards.pt", {}, ["rewards.pt"]),
-    "a folder below a file": (f"{SPLIT} --out rewards.pt/data", {}, ["--out rewards.pt/data"]),
+    "a folder below a file": (f"{SPLIT} --out rewards.pt/data", {}, ["rewards.pt/data"]),
     "a folder for a file of rewards": (f"{SCORE} --out out", {}, ["--out out", "folder"]),
     "a folder for generations": (f"{ANSWER} --out out", {}, ["--out out", "folder"]),
     # ---- DeepSpeed's configuration
