@@ -342,10 +342,10 @@ def judge_pairs(pairs, args, cache_path, notes):
 
 
 def verdict(answer):
-    """1: A is preferred, 0: B, 0.5: neither, NaN: the answer does not say."""
+    """1: A is preferred, 0: B, 0.5: neither, NaN: the answer does not say, or says two things."""
     line = r"^[\W_]*preferred[\W_]+(?:(?:response|summary)[\W_]+)?(A|B|tie)[\W_]*$"
-    found = re.findall(line, answer or "", re.IGNORECASE | re.MULTILINE)
-    return {"a": 1, "b": 0, "tie": 0.5}[found[-1].lower()] if found else np.nan
+    found = {name.lower() for name in re.findall(line, answer or "", re.IGNORECASE | re.MULTILINE)}
+    return {"a": 1, "b": 0, "tie": 0.5}[found.pop()] if len(found) == 1 else np.nan
 
 
 PATIENCE = 30  # seconds without an answer until the user is told
@@ -383,18 +383,19 @@ def ask(args, messages, cache_path, notes):
             if np.isnan(verdict(answer)):
                 return unclear.append(answer)
             answers[keys[message]] = answer
-            cache.write("\n" + json.dumps({"key": keys[message], "model": model, "answer": answer}))
+            cache.write(json.dumps({"key": keys[message], "model": model, "answer": answer}) + "\n")
             cache.flush()
 
     os.makedirs(os.path.dirname(cache_path) or ".", exist_ok=True)
     with open(cache_path, "a+", encoding="utf-8") as cache:
         cache.seek(0)
-        for line in cache:
+        for line in (lines := cache.read().split("\n")):
             try:
                 held = json.loads(line)
                 answers[held["key"]] = held["answer"]
             except (ValueError, KeyError, TypeError):
-                pass  # an empty line, or where an earlier run was cut off
+                pass  # the end, or where an earlier run was cut off
+        cache.write("\n" * bool(lines[-1]))
         missing = [text for text in keys if keys[text] not in answers]
         print(f"{model}: {len(keys)} requests, {len(keys) - len(missing)} of them answered in {cache_path}")
         try:
@@ -404,7 +405,7 @@ def ask(args, messages, cache_path, notes):
         with ThreadPoolExecutor(8) as pool:
             for future in tqdm([pool.submit(request, text) for text in missing], model, unit="request"):
                 while not wait([future], PATIENCE).done:
-                    tqdm.write(f"{model}: no answer for {PATIENCE} s from {client.base_url}", file=sys.stderr)
+                    tqdm.write(f"{model}: {client.base_url} has not answered for {PATIENCE} s", file=sys.stderr)
     if len(errors) >= 10 or errors and not answers:
         fail(f"--judge {model}: {len(errors)} requests in a row failed ({errors[-1]}); see to that "
              f"and run again; {cache_path} keeps what was answered")
@@ -472,8 +473,8 @@ def bootstrap(values, prompts, resamples=2000, seed=0):
 def length_controlled(outcomes, differences):
     """sigma(a): the win rate at equal length, by a logistic regression as in AlpacaEval 2 (arXiv 2404.04475).
 
-    P(win) = sigma(a + b tanh(d / s)), where d is our words less theirs and s the standard deviation of d. a and
-    b maximise the log-likelihood less b^2 / 2. A tie is half a win. AlpacaEval 2 also has a term for the
+    P(win) = sigma(a + b tanh(d / s)). d is our words less theirs, s the standard deviation of d. a and b
+    maximise the log-likelihood less b^2 / 2. A tie is half a win. AlpacaEval 2 also has a term for the
     difficulty of an instruction. Where one side is always the longer, this extrapolates.  Args: (n,) each.
     """
     x = np.column_stack([np.ones(len(outcomes)), np.tanh(differences / (np.std(differences) or 1))])

@@ -148,6 +148,12 @@ def test_answers_without_a_verdict_are_counted_and_asked_again(judged, tmp_path)
         assert figures["us", "them", "all", 0.5]["n"] == 5 and held["notes"] == [] and len(judge.prompts) == 9
 
 
+def test_an_answer_that_says_two_things_is_no_verdict():
+    assert evaluate.verdict("Preferred: A\nOn reflection:\nPreferred: A") == 1
+    for answer in ("Preferred: A\nPreferred: B\nPreferred: tie", "Preferred: A or B", "B", "", None):
+        assert evaluate.verdict(answer) != evaluate.verdict(answer)  # NaN
+
+
 def test_a_judge_without_any_verdict(judged, capsys):
     different = [line for line in PAIRS if line["prompt"] != "p3"]
     with Judge(lambda a, b: "Hm.") as judge, pytest.raises(SystemExit) as exit_:
@@ -184,7 +190,8 @@ def test_empty_answers_are_asked_again(judged):
 
 @pytest.mark.parametrize("first, second, outcome", [
     ("_Preferred: A_", "Preferred: B", "wins"), ("**Preferred: response_A**", "Preferred: B", "wins"),
-    ("preferred - A.", "Preferred: B", "wins"), ("Hm.\nPreferred: A", "Hm.\nPreferred: tie", "ties")])
+    ("preferred - A.", "Preferred: B", "wins"), ("Hm.\nPreferred: A", "Hm.\nPreferred: tie", "ties"),
+    ("Preferred: Summary A", "**Preferred:**\nB", "wins")])
 def test_verdicts_in_other_dress_and_of_both_orders(judged, first, second, outcome):
     with Judge(lambda a, b: first if a == "good" else second) as judge:
         figures, _ = judged(judge, [row("us", "p", "good"), row("them", "p", "bad")])
@@ -285,7 +292,8 @@ def test_a_server_that_hangs_is_reported_and_waited_for(judged, capsys, monkeypa
     with Judge(decide) as judge:
         figures, _ = judged(judge, PAIRS, "--against", "them")
     assert figures["us", "them", "all", 0.5]["n"] == 5
-    assert f"toy-judge: no answer for 0.3 s from http://127.0.0.1:{judge.server.server_port}" in capsys.readouterr().err
+    message = f"toy-judge: http://127.0.0.1:{judge.server.server_port}/v1/ has not answered for 0.3 s"
+    assert message in capsys.readouterr().err
 
 
 def test_a_judge_out_of_reach(judged, capsys, tmp_path, monkeypatch):
