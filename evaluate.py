@@ -34,9 +34,9 @@ import os
 import re
 import runpy
 import sys
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
-from threading import Lock
+from multiprocessing import TimeoutError
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pandas as pd
@@ -71,7 +71,12 @@ def parse_args(argv):
     group.add_argument("--judge_prompt", choices=list(CRITERIA), default="instruction", help="what it judges")
     group.add_argument("--judge_temperature", type=float, help="not given: none is sent")
     parser.add_argument("--out", default="out/evaluation", help="folder for tables and pictures")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.alpaca_eval and not args.generations:
+        fail("--alpaca_eval: it writes --generations; name them")
+    if args.annotations and (args.judge or args.reward_fn or args.rewards or args.group_by):
+        fail("--annotations: these are verdicts; leave out --judge, --rewards, --reward_fn and --group_by")
+    return args
 
 
 def main(argv=None):
@@ -136,58 +141,67 @@ def main(argv=None):
 # ---- what is compared
 
 def read_responses(args, notes):
-    """(a table with a row per response, {path: (sha256, rows)}). `kind` is the response's key in its row."""
+    """(a table with a row per response, {path: sha256}). `kind` is the response's key in its row."""
     responses, files = [], {}
-    keys = ("response", "generator") if args.generations else ("chosen", "rejected")
     for path in args.generations or args.judge_check or args.annotations:
-        rows = read_annotations(path) if args.annotations else read_jsonl(path, "prompt", *keys)
-        for line, row in enumerate(rows, 1):
-            def add(kind, policy, text, **more):
-                prompt = json.dumps(row.get("prompt", [path, line]), sort_keys=True)
-                responses.append({"file": path, "line": line, "row": row, "prompt": prompt, "kind": kind,
-                                  "generator": policy, "policy": policy, "text": text,
-                                  "words": len(text.split()), "group": "all", "temperature": "-", **more})
-            if args.annotations:  # preference: 1 if output_1 wins, 2 if output_2 does, 1.5 or 0 for a tie
-                outcome = (row["preference"] or 1.5) - 1
-                outcome = outcome if 0 <= outcome <= 1 else np.nan
-                add("output_2", row["generator_2"], row["output_2"], outcome=outcome)
-                add("output_1", row["generator_1"], row["output_1"], outcome=1 - outcome)
-            elif args.judge_check and not row.get("tie"):
-                for kind in keys:
-                    add(kind, kind, row[kind])
-            elif args.generations:
-                if not isinstance(row.get("temperature"), (int, float)):
-                    fail(f"{path}, line {line}: no `temperature` number; every row needs one")
-                more = {"temperature": float(row["temperature"]), "generator": row["generator"]}
-                group, policy = args.group_by, row["generator"]
-                if group == "folder":
-                    folder, policy = os.path.split(policy.rstrip("/"))
-                    more["group"] = f"folder {folder}"
-                elif group and group not in row:
-                    fail(f"--group_by {group}: {path}, line {line} has no such key, only {', '.join(row)}")
-                elif group:
-                    more["group"] = f"{group} {row[group]}"
-                own = {name: float(row[name]) if isinstance(row.get(name), (int, float)) else np.nan
-                       for name in ("tokens", "eos")}
-                add("response", policy, row["response"], **more, **own)
-                if "reference" in (args.against or []) and isinstance(row.get("reference"), str):
-                    add("reference", policy, row["reference"], **more)  # not sampled: no tokens, no EOS
+        read = read_generations if args.generations else read_labels if args.judge_check else read_annotations
+        for line, kind, row in read(path, args, notes):
+            policy, group, by = row["generator"], "all", args.group_by
+            if by == "folder":
+                folder, policy = os.path.split(policy.rstrip("/"))
+                group = f"folder {folder}"
+            elif by:
+                if by not in row:
+                    fail(f"--group_by {by}: {path}, line {line} has no such key, only {', '.join(row)}")
+                group = f"{by} {row[by]}"
+            responses.append({
+                "file": path, "line": line, "kind": kind, "row": row, "generator": row["generator"],
+                "policy": policy, "group": group, "prompt": json.dumps(row["prompt"], sort_keys=True),
+                "temperature": row["temperature"], "text": row["response"],
+                "words": len(row["response"].split()), "tokens": row.get("tokens"),
+                "eos": None if kind == "reference" else row.get("eos"), "outcome": row.get("outcome")})
         with open(path, "rb") as file:
-            files[path] = hashlib.file_digest(file, "sha256").hexdigest(), line
-    if not responses:
-        fail(f"{path}: all its pairs are ties; give some with a preferred response")
+            files[path] = hashlib.file_digest(file, "sha256").hexdigest()
     responses = pd.DataFrame(responses)
-    if args.judge_check:
-        notes.append(f"{line - len(responses) // 2} of {line} pairs are ties by their labels, and left out")
+    for name in ("tokens", "eos", "outcome"):
+        responses[name] = pd.to_numeric(responses[name], errors="coerce").astype(float)
     same = responses.groupby(["generator", "kind", "prompt", "temperature", "group"])
     return responses.assign(sample=same.cumcount()), files
 
 
-def read_annotations(path):
-    """The rows of alpaca_eval's annotations.json, dicts."""
+def read_generations(path, args, notes):
+    """Yields (line, kind, row) of each response and, if they are an opponent, of each reference."""
+    for line, row in enumerate(read_jsonl(path, "prompt", "response", "generator"), 1):
+        if not isinstance(row.get("temperature"), (int, float)):
+            fail(f"{path}, line {line}: no `temperature` number; every row needs one")
+        yield line, "response", row
+        if "reference" in (args.against or []) and isinstance(row.get("reference"), str):
+            yield line, "reference", {**row, "response": row["reference"], "tokens": None, "eos": True}
+
+
+def read_labels(path, args, notes):
+    """Yields (line, kind, row) of both responses of each labelled pair that is no tie."""
+    rows = list(enumerate(read_jsonl(path, "prompt", "chosen", "rejected"), 1))
+    kept = [(line, row) for line, row in rows if not row.get("tie")]
+    if not kept:
+        fail(f"{path}: all its pairs are ties; give some with a preferred response")
+    notes.append(f"{len(rows) - len(kept)} of {len(rows)} pairs are ties by their labels, and left out")
+    for line, row in kept:
+        for kind in ("chosen", "rejected"):
+            yield line, kind, {**row, "response": row[kind], "generator": kind, "temperature": "-"}
+
+
+def read_annotations(path, args, notes):
+    """Yields (line, kind, row) of both outputs of each row of alpaca_eval. Its `preference` is 1 if output_1
+    wins, 2 if output_2 does, 1.5 or 0 for a tie."""
     try:
-        rows = pd.read_json(path, dtype=False).astype({"preference": float})
-        return rows[["generator_1", "output_1", "generator_2", "output_2", "preference"]].to_dict("records")
+        rows = pd.read_json(path, dtype=False).astype({"preference": float}).replace({"preference": {0: 1.5}})
+        for line, row in rows.iterrows():
+            ours = row["preference"] - 1 if 1 <= row["preference"] <= 2 else np.nan
+            for number, outcome in (2, ours), (1, 1 - ours):
+                yield line + 1, f"output_{number}", {
+                    "prompt": f"{path}, row {line}", "response": row[f"output_{number}"], "outcome": outcome,
+                    "generator": row[f"generator_{number}"], "temperature": "-"}
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{path}: cannot use it ({error!r:.100}); name the annotations.json of alpaca_eval")
 
@@ -245,7 +259,7 @@ def read_rewards(paths, files, responses):
     if not len(files) == len(paths) == len(set(paths)):
         fail(f"--rewards {' '.join(paths)}: {len(files)} files need one each; run precompute_rewards.py with "
              "an --out for each, and name those after --rewards, in order")
-    for path, (data, (sha256, size)) in zip(paths, files.items()):
+    for path, (data, sha256) in zip(paths, files.items()):
         mend = f"run precompute_rewards.py --data {data} with an --out of its own"
         held = load_rewards(path, f"{mend}, or give --rewards or another judge")
         if held.get("data_sha256") != sha256:
@@ -254,7 +268,8 @@ def read_rewards(paths, files, responses):
         if held["oracles"] != oracles:
             fail(f"{path}: scored by {held['oracles']}, but {paths[0]} by {oracles}; score all by the same")
         for kind, own in responses[responses["file"] == data].groupby("kind"):
-            if getattr(held.get(kind), "shape", ())[1:] != (size,):
+            size = own["line"].max()
+            if not getattr(held.get(kind), "shape", ())[1:] >= (size,):
                 fail(f"{path}: no `{kind}` rewards of {size} rows; {mend} on rows that carry `{kind}`")
             responses.loc[own.index, "reward"] = held[kind].double().mean(0).numpy()[own["line"] - 1]
     return oracles
@@ -288,9 +303,7 @@ def call_reward_fn(spec, responses):
         function = runpy.run_path(path)[name]
         for response in tqdm(responses.itertuples(), "reward_fn", len(responses), unit="row"):
             place = f"it fails on the {response.kind} of {response.file}, line {response.line}"
-            row = {**response.row, "response": response.text}
-            row |= {"tokens": None, "eos": True} if response.kind == "reference" else {}
-            rewards.append(0.0 + function(row))  # a TypeError if it is no number
+            rewards.append(0.0 + function(dict(response.row)))  # a TypeError if it is no number
     except Exception as error:
         fail(f"--reward_fn {spec}: {place} ({error!r}); write FILE.py:FUNCTION that returns a number")
     responses["reward"] = np.array(rewards, float)
@@ -355,39 +368,21 @@ def ask(args, messages, cache_path, notes):
     """{message: answer} of those that were answered with a verdict. These go to cache_path as they come, so
     none is paid for twice. The others are counted, and the next run asks them again."""
     import openai
-    model, sampling = args.judge, {}
-    if args.judge_temperature is not None:
-        sampling["temperature"] = args.judge_temperature
-    keys = {text: hashlib.sha256(json.dumps([model, text, sampling]).encode()).hexdigest()
+    sampling = {} if args.judge_temperature is None else {"temperature": args.judge_temperature}
+    keys = {text: hashlib.sha256(json.dumps([args.judge, text, sampling]).encode()).hexdigest()
             for text in messages}
-    answers, unclear, errors, lock = {}, [], [], Lock()  # errors: those since the last answer
+    answers, unclear, errors = {}, [], []  # errors: those since the last answer
 
     def request(message):
-        if len(errors) >= 10:  # in a row: it is no accident
-            return
         try:
             chat = [{"role": "user", "content": message}]
-            reply = client.chat.completions.create(model=model, messages=chat, **sampling)
-            answer = reply.choices[0].message.content
-            if not answer:
-                raise ValueError("an empty answer")
+            reply = client.chat.completions.create(model=args.judge, messages=chat, **sampling)
+            return message, reply.choices[0].message.content or "", None
         except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
-            text = " ".join(str(error).replace(client.api_key, "[key]").split())[:300]
-            tqdm.write(f"{model}: {text}", file=sys.stderr)
-            if not (isinstance(error, openai.BadRequestError) and answers):  # a content filter refuses some
-                errors.append(text)
-            return
-        with lock:
-            if len(errors) < 10:
-                errors.clear()
-            if np.isnan(verdict(answer)):
-                return unclear.append(answer)
-            answers[keys[message]] = answer
-            cache.write(json.dumps({"key": keys[message], "model": model, "answer": answer}) + "\n")
-            cache.flush()
+            return message, "", error
 
     os.makedirs(os.path.dirname(cache_path) or ".", exist_ok=True)
-    with open(cache_path, "a+", encoding="utf-8") as cache:
+    with open(cache_path, "a+", encoding="utf-8") as cache, ThreadPool(8) as pool:
         cache.seek(0)
         for line in (lines := cache.read().split("\n")):
             try:
@@ -397,17 +392,35 @@ def ask(args, messages, cache_path, notes):
                 pass  # the end, or where an earlier run was cut off
         cache.write("\n" * bool(lines[-1]))
         missing = [text for text in keys if keys[text] not in answers]
-        print(f"{model}: {len(keys)} requests, {len(keys) - len(missing)} of them answered in {cache_path}")
+        print(f"{args.judge}: {len(keys)} requests, {len(keys) - len(missing)} answered in {cache_path}")
         try:
             client = openai.OpenAI(max_retries=3, timeout=120) if missing else None
         except openai.OpenAIError:
             fail("--judge: set OPENAI_API_KEY (and OPENAI_BASE_URL for a server other than OpenAI's)")
-        with ThreadPoolExecutor(8) as pool:
-            for future in tqdm([pool.submit(request, text) for text in missing], model, unit="request"):
-                while not wait([future], PATIENCE).done:
-                    tqdm.write(f"{model}: {client.base_url} has not answered for {PATIENCE} s", file=sys.stderr)
-    if len(errors) >= 10 or errors and not answers:
-        fail(f"--judge {model}: {len(errors)} requests in a row failed ({errors[-1]}); see to that "
+        replies = pool.imap_unordered(request, missing)
+        for _ in tqdm(missing, args.judge, unit="request"):
+            reply = None
+            while not reply:
+                try:
+                    reply = replies.next(PATIENCE)
+                except TimeoutError:
+                    tqdm.write(f"{client.base_url} has not answered for {PATIENCE} s", sys.stderr)
+            message, answer, error = reply
+            if not np.isnan(verdict(answer)):
+                answers[keys[message]] = answer
+                cache.write(json.dumps({"key": keys[message], "model": args.judge, "answer": answer}) + "\n")
+                cache.flush()
+            elif answer:
+                unclear.append(answer)
+            if answer:
+                errors = []
+            elif not (isinstance(error, openai.BadRequestError) and answers):  # a content filter refuses some
+                error = str(error or "an empty answer").replace(client.api_key, "[key]")
+                errors.append(" ".join(error.split()))
+            if len(errors) == 10:  # in a row: it is no accident
+                break
+    if len(errors) == 10 or errors and not answers:
+        fail(f"--judge {args.judge}: {len(errors)} requests in a row failed ({errors[-1]:.300}); see to that "
              f"and run again; {cache_path} keeps what was answered")
     failed = sum(keys[text] not in answers for text in missing) - len(unclear)
     if failed or unclear:
@@ -432,8 +445,7 @@ def make_records(table, names, figures):
 
 def summarise(responses):
     """The mean of each figure where it is known."""
-    names = [name for name in ("reward", "tokens", "words", "eos") if name in responses]
-    return responses[names].mean().to_dict()
+    return responses.reindex(columns=["reward", "tokens", "words", "eos"]).mean().to_dict()
 
 
 def compare(pairs):
@@ -455,8 +467,7 @@ def compare(pairs):
         scale = pairs["reward_theirs"].std(ddof=0) or np.nan
         record |= {"opponent_std": scale, "advantage": record["reward_difference"] / scale,
                    "advantage_interval": (intervals[1] / scale).tolist()}
-    record |= {name: [pairs[name].mean(), pairs[name + "_theirs"].mean()]
-               for name in ("words", "eos") if name in pairs}
+    record |= {name: [pairs[name].mean(), pairs[name + "_theirs"].mean()] for name in ("words", "eos")}
     return record | {name: pairs[name].mean() for name in ("flip", "first") if name in pairs}
 
 
@@ -509,8 +520,7 @@ def report(policies, comparisons, notes):
     text = []
     for title, records in tables.items():
         table = pd.DataFrame([table_line(record) for record in records])
-        if (table["group"] == "all").all():
-            del table["group"]
+        table = table.loc[:, ~table.isin(["all", "-", "- / -"]).all()]  # columns that say nothing
         lines = [list(table), *table.to_numpy().tolist()]
         widths = [max(map(len, column)) for column in zip(*lines)]
         lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
@@ -608,11 +618,11 @@ def plot_curves(folders):
 def save(path, content):
     """Writes text or a figure whole or not at all."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".partial", "wb") as file:
-        if isinstance(content, str):
-            file.write(content.encode())
-        else:
-            content.savefig(file, format="png", dpi=150)
+    if isinstance(content, str):
+        with open(path + ".partial", "w", encoding="utf-8") as file:
+            file.write(content)
+    else:
+        content.savefig(path + ".partial", format="png", dpi=150)
     os.replace(path + ".partial", path)
     print(f"wrote {path}")
 

@@ -15,7 +15,7 @@ from test_evaluate import ROOT, evaluate, refused, row, run, write
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(evaluate.Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate.Figure, "savefig", lambda figure, path, **_: open(path, "w").close())
 
 
 KEY = "sk-secret-0123456789"
@@ -267,7 +267,7 @@ FAILURES = {"429": dict(statuses=[429] * 999), "500": dict(statuses=[500] * 999)
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failing_server_ends_the_run_with_one_sentence_and_no_key(judged, capsys, tmp_path, monkeypatch, failure):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's pauses between its attempts
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0)
     many = [row(name, f"p{k}", name) for name in ("us", "them") for k in range(30)]
     with Judge(longer, **FAILURES[failure]) as judge, pytest.raises(SystemExit) as exit_:
         judged(judge, many)
@@ -292,12 +292,12 @@ def test_a_server_that_hangs_is_reported_and_waited_for(judged, capsys, monkeypa
     with Judge(decide) as judge:
         figures, _ = judged(judge, PAIRS, "--against", "them")
     assert figures["us", "them", "all", 0.5]["n"] == 5
-    message = f"toy-judge: http://127.0.0.1:{judge.server.server_port}/v1/ has not answered for 0.3 s"
+    message = f"http://127.0.0.1:{judge.server.server_port}/v1/ has not answered for 0.3 s"
     assert message in capsys.readouterr().err
 
 
 def test_a_judge_out_of_reach(judged, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0)
     with Judge(longer) as judge:
         pass  # the server is gone
     with pytest.raises(SystemExit):
