@@ -290,7 +290,7 @@ def note_pupils(oracles, responses, notes):
         path = os.path.join(generator if os.path.isdir(generator) else os.path.dirname(data), "args.json")
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
-                teachers = json.load(file).get("oracles", [])
+                teachers = json.load(file).get("oracles") or []
             if {*map(os.path.realpath, teachers)} & {*map(os.path.realpath, oracles)}:
                 notes.append(f"the judge {', '.join(oracles)} taught {generator}: it may favour its pupil")
 
