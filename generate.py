@@ -18,7 +18,9 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
+import time
 from contextlib import contextmanager
 
 import deepspeed
@@ -48,7 +50,7 @@ def parse_args():
     flag("--seed", type=int, default=0, help="of the sampling")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
-    check_flags(args, "temperature", "num_prompts")
+    check_flags(args, "temperature num_prompts")
     if args.top_p > 1:
         fail(f"--top_p {args.top_p}: it is a probability; give a number above 0, at most 1")
     if not args.out and not os.path.isdir(args.model):
@@ -57,23 +59,23 @@ def parse_args():
     args.generator = args.generator or args.model.rstrip("/")
     if os.path.isdir(args.out):
         fail(f"--out {args.out} is a folder; name a file in it")
-    check_out(os.path.dirname(args.out))
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     return args
 
 
 def main():
     args = parse_args()
     device, rank, world_size = init_process(args)
-    tokenizer = load_tokenizer(args.model)
-    model, ends = load_model(args.model, device, args.dtype)
-    ends.add(tokenizer.eos_token_id)
+    tokenizer, model, ends = load_model(args.model, device, args.dtype)
 
     # ---- prompts, each once, without those that are too long
     unique = {}
     for row in read_jsonl(args.prompts, "prompt"):
         unique.setdefault(json.dumps(row["prompt"]), row)
     rows = list(unique.values())[:args.num_prompts or None]
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in tqdm(rows, "tokenising", disable=rank > 0)]
+    with reading(args.prompts, "mend or drop that row"):
+        bar = tqdm(rows, "tokenising", disable=rank > 0)
+        prompts = [encode_prompt(tokenizer, row["prompt"]) for row in bar]
     max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
     kept = [i for i, ids in enumerate(prompts) if len(ids) + args.max_new_tokens <= max_length]
     if not kept:
@@ -89,7 +91,7 @@ def main():
     for number, (temperature, batch) in tqdm(tasks[rank::world_size], args.generator, disable=rank > 0):
         torch.manual_seed(args.seed * 1_000_003 + number)
         results = generate(model, [prompts[i] for i in batch], temperature, args.top_p, args.max_new_tokens,
-                           tokenizer.pad_token_id, ends, device)
+                           ends)
         for i, (ids, ended) in zip(batch, results):
             row = {name: value for name, value in rows[i].items() if name not in ("chosen", "rejected")}
             response = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -113,29 +115,32 @@ def main():
 
 
 def load_model(folder, device, dtype):
-    """The folder's causal LM in "bf16" or "fp32", and the ids that end a response."""
+    """The folder's tokenizer, its causal LM in "bf16" or "fp32", and the ids that end a response."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
                                                            output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
     ends = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig()  # a repetition penalty there would sample another policy
-    return model.to(device).eval(), set(ends if isinstance(ends, list) else [ends]) - {None}
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    return tokenizer, model.to(device).eval(), ends
 
 
 @torch.no_grad()
-def generate(model, prompts, temperature, top_p, max_new_tokens, pad_token_id, ends, device):
+def generate(model, prompts, temperature, top_p, max_new_tokens, ends):
     """Response ids of a batch of prompts (lists of ids), without EOS, and whether each came to its EOS."""
     width = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_token_id] * (width - len(ids)) + ids for ids in prompts], device=device)
-    lengths = torch.tensor([[len(ids)] for ids in prompts], device=device)
-    mask = (torch.arange(width, device=device) >= width - lengths).long()  # (B, T), padded left
+    input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
+    lengths = torch.tensor([[len(ids)] for ids in prompts], device=model.device)
+    mask = (torch.arange(width, device=model.device) >= width - lengths).long()  # (B, T), padded left
     sampling = {"do_sample": temperature > 0}
     if temperature:
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad_token_id,
-                              eos_token_id=sorted(ends), **sampling)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
+                              pad_token_id=min(ends), **sampling)
     output = model.generate(input_ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
     stops = [next((i for i, token in enumerate(ids) if token in ends), None) for ids in output]
     return [(ids[:stop], stop is not None) for ids, stop in zip(output, stops)]
@@ -145,9 +150,11 @@ def generate(model, prompts, temperature, top_p, max_new_tokens, pad_token_id, e
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
+    """Ends the program on bad input: one line on stderr, exit status 2. The launcher ends every process once
+    one has ended. So the first one speaks for all; another is heard if the error is its alone."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 
@@ -162,20 +169,13 @@ def reading(what, mend):
         fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.300}); {mend}")
 
 
-def check_flags(args, *may_be_zero):
-    """Fails where a number is not above 0 and finite. Those in `may_be_zero`, and a seed, may be 0."""
+def check_flags(args, may_be_zero):
+    """Fails where a number is not above 0 and finite. Flags named in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
-        zero_too = name in (*may_be_zero, "seed", "local_rank")
+        zero_too = name in [*may_be_zero.split(), "seed", "local_rank"]
         for value in values if isinstance(values, list) else [values]:
             if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
                 fail(f"--{name} {value}: give a finite number {'of 0 or more' if zero_too else 'above 0'}")
-
-
-def check_out(folder):
-    """Fails where the folder cannot be made and written: now, before the run is paid for."""
-    with reading(f"--out {folder}", "name another folder"):
-        os.makedirs(folder or ".", exist_ok=True)
-        assert os.access(folder or ".", os.W_OK), "it cannot be written"
 
 
 def init_process(args):
@@ -185,11 +185,13 @@ def init_process(args):
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
+        device, cpu = torch.device("cpu"), torch.cpu.get_capabilities()
+        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:  # processes share the cores: none may take all of them
@@ -197,10 +199,6 @@ def init_process(args):
             torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
     if args.dtype == "auto":
-        cpu = torch.cpu.get_capabilities()
-        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        if device.type == "cuda":
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bf16" if has_bf16 else "fp32"
     if dist.get_rank() == 0:
         print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
@@ -230,28 +228,17 @@ def read_jsonl(path, *keys):
         fail(f"{path}: it holds no rows")
 
 
-def load_tokenizer(folder):
-    """The folder's tokenizer, with a pad token that is not EOS: the last token that is no pad is then EOS."""
-    with reading(folder, "give a model folder with its tokenizer, or a hub name"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.eos_token_id is None:
-        fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
-        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
-        others = [t for t in others if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
-        if not others:
-            fail(f"{folder}: its tokenizer has no pad token; set `pad_token` in its tokenizer_config.json")
-        tokenizer.pad_token = others[0]
-    return tokenizer
-
-
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        with reading(f"the prompt {str(prompt):.80}", "the chat template refuses it: mend or drop that row"):
-            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not "".join(message["content"] for message in messages):
+        raise ValueError("the prompt is empty")
+    if tokenizer.chat_template:  # code that came with a model: an endless loop ends after 30 seconds
+        signal.signal(signal.SIGALRM, lambda *_: fail("the chat template takes over 30 s; mend it"))
+        signal.alarm(30)
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        signal.alarm(0)
+        return ids
     if not isinstance(prompt, str):
         names = {"user": "Human", "assistant": "Assistant"}
         turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
@@ -265,3 +252,7 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a full disk, no permission, a folder that has vanished
         fail(f"{error}; mend that and run again")
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(10)  # if another process has failed, the launcher ends this one before it complains
+        raise

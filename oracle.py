@@ -7,8 +7,8 @@ Out:  out/oracle/: model and tokenizer (the head inside, as score.weight), args.
     for k in 1 2 3; do deepspeed oracle.py --alpha 0 --seed $k --out out/reward_model_$k; done      # e-DPO's
     deepspeed --num_gpus 2 oracle.py --model facebook/opt-1.3b --gradient_checkpointing
 
-The way of one pair: read_jsonl -> read_pairs (encode_prompt, encode_response) -> collate -> PairModel
-(pair_mask, response_logps, last_token_rewards) -> loss_and_metrics (losses.py) -> engine.backward and step.
+The way of one pair: Rows (encode_prompt, encode_response) -> PairModel (collate, pair_mask, response_logps,
+last_token_rewards) -> loss_and_metrics (losses.py) -> engine.backward and step.
 
 The folder loads as AutoModelForCausalLM and as AutoModelForSequenceClassification, with equal rewards. The
 reward is read at EOS. The seed draws the head and the order of the data: an ensemble's members differ in
@@ -19,18 +19,18 @@ it (--lm_term mean averages it). The model starts from the SFT policy. The head 
 """
 import argparse
 import functools
-import glob
 import hashlib
 import json
 import logging
 import math
 import os
-import resource
 import shutil
+import signal
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
-from importlib.metadata import version
+from glob import glob
 from itertools import islice
 
 import deepspeed
@@ -77,10 +77,9 @@ def parse_args():
     flag("--seed", type=int, default=0, help="initialisation of the head and order of the data")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
-    check_flags(args, "alpha", "weight_decay", "warmup_steps", "save_steps", "eval_rows")
+    check_flags(args, "alpha weight_decay warmup_steps eval_rows save_steps")
     if args.alpha > 1:
         fail(f"--alpha {args.alpha}: it weighs the LM term against the rest; give a number from 0 to 1")
-    check_out(args.out)
     args.epochs = args.epochs or (None if args.max_steps else 1.0)
     return args
 
@@ -92,14 +91,13 @@ def main():
 
     # ---- model and data
     tokenizer, lm = load_model(args.model)
+    set_pad_token(tokenizer, lm)
     args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
-    pairs, _ = read_pairs(args.data, tokenizer, args.max_length)
-    eval_pairs = []
+    keys, eval_pairs = ["chosen", "rejected"], []
+    pairs = Rows(args.data, keys, tokenizer, args.max_length)
     if args.eval_data:
-        eval_pairs, _ = read_pairs(args.eval_data, tokenizer, args.max_length, args.eval_rows)
-    row_tokens = np.array([sum(map(len, pair)) for pair in pairs])  # (N,)
-    chosen_tokens, eval_tokens = (  # (N,) each, EOS included
-        torch.tensor([len(chosen) for _, chosen, _ in split]) for split in (pairs, eval_pairs))
+        eval_pairs = Rows(args.eval_data, keys, tokenizer, args.max_length, args.eval_rows)
+    row_tokens, chosen_tokens = pairs.lengths.sum(1), torch.tensor(pairs.lengths[:, 1])  # (N,), (N,)
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
     max_steps = len(steps)
 
@@ -116,11 +114,8 @@ def main():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (  # warm-up, then a cosine to 0
         (step + 1) / args.warmup_steps if step < args.warmup_steps else
         0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
-    config = deepspeed_config(args, device, optimizer)
-    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json given here"):
-        engine, *_ = deepspeed.initialize(None, model, optimizer, lr_scheduler=schedule, config=config)
-    to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
-    check_layout(lm, max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:]))), to_batch, args)
+    engine = make_engine(model, optimizer, schedule, args)
+    check_layout(lm, pairs, args)
     state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
 
     # ---- training
@@ -131,24 +126,33 @@ def main():
     for step, rows in enumerate(bar, done + 1):
         learning_rate = optimizer.param_groups[0]["lr"]
         for micro in rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]:
-            logps, rewards = engine(**to_batch([pairs[i] for i in micro]), num_logps=num_logps)
+            logps, rewards = engine([pairs[i] for i in micro], num_logps=num_logps)
             loss, metrics = loss_and_metrics(args, logps, rewards, chosen_tokens[micro].to(device))
             engine.backward(loss.mean())
             engine.step()  # the weights move after the step's last micro-batch
             window.append(metrics)
         tokens += row_tokens[rows].sum()
+        grad_norm = float(engine.get_global_grad_norm())  # before clipping
+        if engine.skipped_steps or not math.isfinite(grad_norm):
+            fail(f"step {step}: the loss or its gradient is not finite; lower --learning_rate, or look at "
+                 f"{args.data}, lines {sorted(pairs.lines[rows].tolist())}")
 
-        log_steps, eval_steps, save_steps = args.log_steps, args.eval_steps, args.save_steps or math.inf
-        if step in (1, max_steps) or any(step % n == 0 for n in (log_steps, eval_steps, save_steps)):
-            log(args, step, window, engine, epoch=step * args.batch_size / len(pairs),
-                learning_rate=learning_rate, tokens_per_second=tokens / (time.time() - start))
-            if eval_pairs and (step % eval_steps == 0 or step == max_steps):
-                logps, rewards = score_all(model, eval_pairs, args, to_batch, "evaluating")
+        evaluates = eval_pairs and (step % args.eval_steps == 0 or step == max_steps)
+        saves = args.save_steps and step % args.save_steps == 0
+        if evaluates or saves or step in (1, max_steps) or step % args.log_steps == 0:
+            log(args, step, window, epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
+                grad_norm=grad_norm, tokens_per_second=tokens / (time.time() - start))
+            if evaluates:
+                logps, rewards = score_all(model, eval_pairs, args, "evaluating")
+                eval_tokens = torch.tensor(eval_pairs.lengths[:, 1])
                 log(args, step, [loss_and_metrics(args, logps, rewards, eval_tokens)[1]], prefix="eval_")
-            if step % save_steps == 0:
-                save_checkpoint(engine, args, {"run": state["run"], "step": step})
+            if saves:
+                save_checkpoint(engine, args, state | {"step": step})
             window, tokens, start = [], 0, time.time()
-    save_model(lm, tokenizer, args)
+    dist.barrier()  # every process has read the checkpoint, which goes
+    save_model(lm, tokenizer, args.out)
+    if rank == 0:
+        shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
     dist.destroy_process_group()
 
 
@@ -170,6 +174,18 @@ def loss_and_metrics(args, logps, rewards, chosen_tokens):
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
+def set_pad_token(tokenizer, lm):
+    """Sets a pad token that is not EOS: other programs read a reward at the last token that is no pad."""
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
+        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
+        others = [t for t in others if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
+        if not others:
+            fail("--model: its tokenizer has no pad token; set `pad_token` in its tokenizer_config.json")
+        tokenizer.pad_token = others[0]
+    lm.config.pad_token_id = tokenizer.pad_token_id
+
+
 # ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
 
 
@@ -185,39 +201,38 @@ class PairModel(torch.nn.Module):
         super().__init__()
         self.lm, self.score, self.bf16 = lm, score, bf16
 
-    def forward(self, input_ids, position_ids, segments, eos_positions, num_logps=2):
-        """(logps, rewards) of (chosen, rejected), (B, 2) each; rewards is None without a head. With num_logps
-        1 logps are of the chosen response alone, (B, 1); with 0 of none, (B, 0)."""
+    def forward(self, pairs, num_logps=2):
+        """(logps, rewards) of B pairs, lists of token ids [prompt, chosen, rejected]: (B, 2) each, chosen
+        first. With num_logps 1 logps are of the chosen response alone, (B, 1); with 0 of none, (B, 0)."""
+        input_ids, position_ids, segments, eos = collate(pairs, self.lm.device)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.lm.device.type == "cpu"):
             mask = pair_mask(segments, torch.bfloat16 if self.bf16 else self.lm.dtype)
             hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
                                         use_cache=False).last_hidden_state  # (B, T, H)
             logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_logps)
-        rewards = last_token_rewards(hidden, self.score.weight, eos_positions) if self.score else None
+        rewards = last_token_rewards(hidden, self.score.weight, eos) if self.score else None
         return logps, rewards
 
 
-def collate(pairs, pad_token_id, device):
-    """A batch of rows [prompt less its last token | copy + chosen | copy + rejected], padded right.
+def collate(pairs, device):
+    """A batch of rows [prompt less its last token | copy + chosen | copy + rejected], padded right by zeros.
 
     `copy` is the prompt's last token. Each response starts with it, at that token's position in the prompt.
     So every token is predicted by its left neighbour, and the rejected response continues the prompt, too.
     Returns integer tensors: input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding),
-    (B, T); and eos_positions of (chosen, rejected), where the rewards are read, (B, 2).
+    (B, T) each; and the positions of both EOS, where rewards are read, (B, 2).
     """
     width = 1 + max(sum(map(len, pair)) for pair in pairs)
-    shape = len(pairs), width + -width % (8 if str(device)[:4] == "cuda" else 1)  # GPUs like multiples of 8
-    input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
-    position_ids, eos_positions = np.zeros(shape, int), np.zeros((len(pairs), 2), int)
+    shape = len(pairs), width + -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
+    input_ids, segments = np.zeros(shape, int), np.full(shape, -1)
+    position_ids, eos = np.zeros(shape, int), np.zeros((len(pairs), 2), int)
     for i, (prompt, chosen, rejected) in enumerate(pairs):
         p, c, r = len(prompt) - 1, len(chosen) + 1, len(rejected) + 1
         input_ids[i, :p + c + r] = np.concatenate([prompt, chosen, prompt[-1:], rejected])
         position_ids[i, :p + c + r] = np.concatenate([np.arange(p + c), np.arange(p, p + r)])
         segments[i, :p + c + r] = np.repeat([0, 1, 2], [p, c, r])
-        eos_positions[i] = p + c - 1, p + c + r - 1
-    batch = {"input_ids": input_ids, "position_ids": position_ids, "segments": segments,
-             "eos_positions": eos_positions}
-    return {name: torch.as_tensor(array, device=device) for name, array in batch.items()}
+        eos[i] = p + c - 1, p + c + r - 1
+    return [torch.as_tensor(x, device=device) for x in (input_ids, position_ids, segments, eos)]
 
 
 def pair_mask(segments, dtype):
@@ -230,12 +245,21 @@ def pair_mask(segments, dtype):
     return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
 
 
+def reward_head(lm):
+    """A linear reward head without a bias, from N(0, 1/(H+1)) (Stiennon et al. 2020, arXiv 2009.01325)."""
+    width = lm.get_output_embeddings().weight.shape[1]  # H; OPT projects its hidden states to this width
+    score = torch.nn.Linear(width, 1, bias=False)
+    torch.nn.init.normal_(score.weight, std=(width + 1) ** -0.5)
+    return score
+
+
 @torch.no_grad()
-def check_layout(lm, pair, to_batch, args):
+def check_layout(lm, pairs, args):
     """Fails where the model's own forward on prompt + response gives other log-probs than the row of a pair.
     Such a model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
-    prompt, *responses = pair
-    for response, logp in zip(responses, PairModel(lm)(**to_batch([pair]))[0][0]):
+    longest = (pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).argmax()
+    prompt, *responses = pair = pairs[longest]
+    for response, logp in zip(responses, PairModel(lm)([pair])[0][0]):
         ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long, device=logp.device)
         logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
         own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
@@ -246,45 +270,56 @@ def check_layout(lm, pair, to_batch, args):
                  f"and {logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
 
 
-def reward_head(lm):
-    """A linear reward head without a bias, from N(0, 1/(H+1)) (Stiennon et al. 2020, arXiv 2009.01325)."""
-    width = lm.get_output_embeddings().weight.shape[1]  # H; OPT projects its hidden states to this width
-    score = torch.nn.Linear(width, 1, bias=False)
-    torch.nn.init.normal_(score.weight, std=(width + 1) ** -0.5)
-    return score
-
-
 @torch.no_grad()
-def score_all(model, pairs, args, to_batch, description, rows=None):
+def score_all(model, pairs, args, description, rows=None):
     """(logps, rewards) of the pairs, (N, 2) each, on the CPU; 0 in all but `rows`, where given. The pairs are
     sorted by length and shared out among the processes."""
-    scores = torch.zeros(2, len(pairs), 2, device=next(model.parameters()).device)
-    order = sorted(range(len(pairs)) if rows is None else rows, key=lambda i: -sum(map(len, pairs[i])))
+    scores = torch.zeros(2, len(pairs), 2, device=model.lm.device)
+    order = sorted(range(len(pairs)) if rows is None else rows, key=lambda i: -pairs.lengths[i].sum())
     micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0, leave=False):
-        logps, rewards = model(**to_batch([pairs[i] for i in micro]))
+        logps, rewards = model([pairs[i] for i in micro])
         scores[0, micro] = logps
         scores[1, micro] = 0.0 if rewards is None else rewards
     dist.all_reduce(scores)
     return scores.cpu()
 
 
-def read_pairs(path, tokenizer, max_length, limit=0):
-    """Token ids (prompt, chosen, rejected) of the pairs that fit in max_length, and their row numbers."""
-    pairs, rows, number = [], [], 0
-    stream = islice(read_jsonl(path, "prompt", "chosen", "rejected"), limit or None)
-    for number, row in enumerate(tqdm(stream, "tokenising", unit=" rows", disable=dist.get_rank() > 0), 1):
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        chosen, rejected = (encode_response(tokenizer, row[key]) for key in ("chosen", "rejected"))
-        if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
-            pairs.append([np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)])
-            rows.append(number - 1)
-    if not pairs:
-        fail(f"{path}: no pair fits in --max_length {max_length} tokens, or the model's positions; raise it")
-    if dist.get_rank() == 0:
-        print(f"{path}: {len(pairs)} pairs, {number - len(pairs)} over --max_length {max_length} dropped")
-    return pairs, np.array(rows)
+class Rows:
+    """Token ids of a JSONL file's rows that fit in max_length. They lie in a temporary file, so that memory
+    does not grow. rows[i] is a list of int32 arrays: the prompt, and the responses under `keys`.
+
+    lines: (N,), line numbers in the file. lengths: (N, 1 + responses), tokens of each, EOS included.
+    """
+
+    def __init__(self, path, keys, tokenizer, max_length, limit=0):
+        number, lines, lengths, ids = 0, [], [], tempfile.TemporaryFile()
+        with reading(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
+            bar = tqdm(islice(file, limit or None), "tokenising", unit=" rows", disable=dist.get_rank() > 0)
+            for number, line in enumerate(bar, 1):
+                with reading(f"{path}, line {number}", f"write an object with prompt, {', '.join(keys)}"):
+                    row = json.loads(line)
+                    texts = [encode_prompt(tokenizer, row["prompt"])]
+                    texts += [encode_response(tokenizer, row[key]) for key in keys]
+                if len(texts[0]) + max(map(len, texts[1:])) <= max_length:
+                    ids.write(np.array(sum(texts, []), np.int32))
+                    lines.append(number)
+                    lengths.append([len(text) for text in texts])
+        if not lines:
+            fail(f"{path}: none of {number} rows fits in --max_length {max_length} or the model's positions")
+        if dist.get_rank() == 0:
+            print(f"{path}: {len(lines)} rows, {number - len(lines)} over --max_length {max_length} dropped")
+        ids.flush()
+        self.ids, self.lines, self.lengths = np.memmap(ids, np.int32, "r"), np.array(lines), np.array(lengths)
+        self.ends = self.lengths.sum(1).cumsum()
+
+    def __len__(self):
+        return len(self.lines)
+
+    def __getitem__(self, i):
+        row = np.array(self.ids[self.ends[i] - self.lengths[i].sum():self.ends[i]])
+        return np.split(row, self.lengths[i].cumsum()[:-1])
 
 
 def plan_steps(row_tokens, args):
@@ -313,131 +348,116 @@ def plan_steps(row_tokens, args):
     return np.stack([rows[np.argsort(-row_tokens[rows], kind="stable")] for rows in steps])
 
 
-def deepspeed_config(args, device, optimizer):
-    """--deepspeed_config as a dict, with this run's batch sizes. One CPU process runs without ZeRO: it has
-    nothing to share out, and ZeRO would copy weights and gradients."""
+def make_engine(model, optimizer, schedule, args):
+    """DeepSpeed's engine by --deepspeed_config, with this run's batch sizes and dtype. One CPU process runs
+    without ZeRO: it has nothing to share out, and ZeRO would copy weights and gradients."""
     with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json given here"):
         with open(args.deepspeed_config) as file:
             config = json.load(file)
-        clipping = float(config.get("gradient_clipping", 0))
-        stage = config["zero_optimization"]["stage"]
-        assert stage in (1, 2) and clipping >= 0, f"ZeRO stage {stage} is not 1 or 2, or clipping is negative"
-    config |= {"train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
-               "steps_per_print": 2**31, "gradient_clipping": clipping,
-               "bf16": {"enabled": device.type == "cuda" and args.dtype == "bf16"}}
-    if device.type == "cpu" and dist.get_world_size() == 1:
-        config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
-
-        def clip(optimizer, *_):  # here, because without ZeRO DeepSpeed's own clipping forgets the norm
+        stage, clipping = config["zero_optimization"]["stage"], float(config.get("gradient_clipping", 0))
+        assert stage in (0, 1, 2) and clipping >= 0, "give ZeRO stage 0, 1 or 2, and no negative clipping"
+        on_gpu = torch.cuda.is_available()
+        config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
+                   "train_micro_batch_size_per_gpu": args.micro_batch_size,
+                   "bf16": {"enabled": on_gpu and args.dtype == "bf16"}}
+        if not on_gpu and (stage == 0 or dist.get_world_size() == 1):
+            config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
             weights = [p for group in optimizer.param_groups for p in group["params"]]
-            optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(weights, clipping or math.inf)
-        optimizer.register_step_pre_hook(clip)
-    return config
+            clip = functools.partial(torch.nn.utils.clip_grad_norm_, weights, clipping or math.inf)
+            optimizer.register_step_pre_hook(  # here DeepSpeed's own clipping forgets the norm
+                lambda *_: setattr(optimizer, "_global_grad_norm", clip()))
+        return deepspeed.initialize(None, model, optimizer, lr_scheduler=schedule, config=config)[0]
 
 
 def start_run(engine, args):
-    """The step to start from, what the run is (flags, files), and what a checkpoint keeps beside weights
-    and optimizer. --resume loads the newest one. It refuses other files, another number of processes and other
-    flags but for `may_change`. Without it a folder with a checkpoint is refused, a finished run replaced."""
-    may_change = ("resume", "local_rank", "log_steps", "eval_steps", "save_steps", "micro_batch_size",
-                  "gradient_checkpointing", "out")
+    """The state to start from: the run (flags, files), its step, the length of its log. --resume loads the
+    newest checkpoint. It refuses other files, processes and flags, but for those that `may_change`. Without
+    it an unfinished run is refused, and a finished one replaced."""
+    may_change = ("resume", "local_rank", "out", "micro_batch_size", "gradient_checkpointing", "log_steps",
+                  "eval_steps", "save_steps", "keep_steps")
     names = "data", "eval_data", "oracle_rewards", "eval_oracle_rewards", "deepspeed_config"
     files = {f"sha256 of {path}": sha256(path) for path in map(vars(args).get, names) if path}
     run = vars(args) | {"processes": dist.get_world_size()} | files
     state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
-    names = glob.glob("step*", root_dir=folder)
-    saved = max((int(name[4:]) for name in names if name[4:].isdigit()), default=0)  # the newest's step
-    if args.resume and not saved:
-        fail(f"--resume: {folder} holds no checkpoint; start without --resume")
-    if saved and not args.resume:
-        fail(f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
+    steps = [name[4:] for name in glob("step*", root_dir=folder)]
+    saved = f"{folder}/step{max(map(int, steps), default=0)}"
+    if bool(steps) != args.resume:
+        fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
+             f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {folder}/step{saved}", "delete it to start anew"):
-            with open(f"{folder}/step{saved}/state.json") as file:
-                state = json.load(file)
+        with reading(f"--resume: {saved}", "delete it to start anew"):
+            state = torch.load(f"{saved}/state.pt", weights_only=True)
             for name, value in run.items():
                 before = state["run"].get(name)
                 if name not in may_change and value != before:
                     fail(f"--resume: {name} was {before} and is now {value}; go on as the run began")
-            state |= engine.load_checkpoint(folder, tag=f"step{saved}")[1]
+            engine.load_checkpoint(*os.path.split(saved))
     if dist.get_rank() == 0:
-        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
+        os.makedirs(args.out, exist_ok=True)
         with open(f"{args.out}/args.json", "w") as file:
-            json.dump(run | {"versions": versions}, file, indent=2)
+            json.dump(run, file, indent=2)
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.truncate(min(state["log_size"], file.tell()))
         print(f"{args.out}: from step {state['step']}")
     return state
 
 
-def log(args, step, window, engine=None, prefix="", **figures):
+def log(args, step, window, prefix="", **figures):
     """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
-
-    window: the metrics of this process's pairs, a list of dicts of (B,). What is NaN in every pair, for want
-    of Oracle rewards, is left out. With an engine it fails where the loss or a weight is not finite.
-    """
+    window: the metrics of this process's pairs, dicts of (B,). NaN in every pair, for want of Oracle rewards,
+    is left out."""
     here = {prefix + name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
     means = {name: torch.cat([part[name] for part in everywhere]).mean().item() for name in here
              if not here[name].isnan().all()}
-    if engine:
-        finite = all(weight.isfinite().all() for weight in engine.module.parameters())
-        if not finite or not math.isfinite(means.get("loss", math.nan)):
-            fail(f"step {step}: the loss or a weight is not finite; lower --learning_rate. No model is saved")
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        used = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else resident
-        norm, skipped = float(engine.get_global_grad_norm()), engine.skipped_steps
-        figures |= {"grad_norm": norm if math.isfinite(norm) else None, "skipped_steps": skipped,
-                    "peak_memory_gb": used / 2**30}
-        if 2 * skipped > step:
-            fail(f"step {step}: {skipped} steps had gradients that are not finite, and were skipped; lower "
-                 f"--learning_rate")
-        if skipped and not math.isfinite(norm) and dist.get_rank() == 0:
-            tqdm.write(f"warning: step {step} is skipped, its gradient is not finite; {skipped} steps so far")
     if dist.get_rank() == 0:
+        if torch.cuda.is_available() and not prefix:
+            figures["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **means, **figures}) + "\n")
         shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
         tqdm.write(f"step {step}: " + ", ".join(f"{n} {means[n]:.4g}" for n in means if n.endswith(shown)))
 
 
-def save_checkpoint(engine, args, state, **tensors):
+def save_checkpoint(engine, args, state):
     """Writes <out>/checkpoint/step<k> whole or not at all, then deletes the one before it."""
     folder = f"{args.out}/checkpoint"
-    engine.save_checkpoint(folder, tag="partial", client_state=tensors, save_latest=False)
+    engine.save_checkpoint(folder, tag="partial", save_latest=False)
     if dist.get_rank() == 0:
-        with open(f"{folder}/partial/state.json", "w") as file:
-            json.dump(state | {"log_size": os.path.getsize(f"{args.out}/log.jsonl")}, file)
-        before = glob.glob(f"{folder}/step*")
+        state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
+        torch.save(state, f"{folder}/partial/state.pt")
+        before = glob(f"{folder}/step*")
         os.replace(f"{folder}/partial", f"{folder}/step{state['step']}")
         for path in before:
             shutil.rmtree(path)
 
 
-def save_model(lm, tokenizer, args, head=None):
-    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes. A policy's head is
-    put beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
-    dist.barrier()  # every process has read the checkpoint
+def save_model(lm, tokenizer, folder, head=None):
+    """Writes model and tokenizer, each file whole or not at all. A policy's head is put beside the model:
+    programs that serve causal LMs refuse a model with a tensor too many."""
+    if not all(weight.isfinite().all() for weight in lm.parameters()):
+        fail(f"{folder}: the weights are not finite and are not saved; lower --learning_rate")
     if dist.get_rank() == 0:
-        partial = f"{args.out}/partial"
+        partial = f"{folder}/partial"
         lm.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if head:
             save_file({"score.weight": head.weight.data}, f"{partial}/score.safetensors")
-        elif os.path.exists(f"{args.out}/score.safetensors"):  # an older run's
-            os.remove(f"{args.out}/score.safetensors")
+        elif os.path.exists(f"{folder}/score.safetensors"):  # an older run's
+            os.remove(f"{folder}/score.safetensors")
         for name in os.listdir(partial):
-            os.replace(f"{partial}/{name}", f"{args.out}/{name}")
+            os.replace(f"{partial}/{name}", f"{folder}/{name}")
         os.rmdir(partial)
-        shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
-        print(f"{args.out}: model, tokenizer, args.json and log.jsonl written")
+        print(f"{folder}: model and tokenizer written")
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
+    """Ends the program on bad input: one line on stderr, exit status 2. The launcher ends every process once
+    one has ended. So the first one speaks for all; another is heard if the error is its alone."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 
@@ -452,20 +472,13 @@ def reading(what, mend):
         fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.300}); {mend}")
 
 
-def check_flags(args, *may_be_zero):
-    """Fails where a number is not above 0 and finite. Those in `may_be_zero`, and a seed, may be 0."""
+def check_flags(args, may_be_zero):
+    """Fails where a number is not above 0 and finite. Flags named in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
-        zero_too = name in (*may_be_zero, "seed", "local_rank")
+        zero_too = name in [*may_be_zero.split(), "seed", "local_rank"]
         for value in values if isinstance(values, list) else [values]:
             if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
                 fail(f"--{name} {value}: give a finite number {'of 0 or more' if zero_too else 'above 0'}")
-
-
-def check_out(folder):
-    """Fails where the folder cannot be made and written: now, before the run is paid for."""
-    with reading(f"--out {folder}", "name another folder"):
-        os.makedirs(folder or ".", exist_ok=True)
-        assert os.access(folder or ".", os.W_OK), "it cannot be written"
 
 
 def init_process(args):
@@ -475,11 +488,13 @@ def init_process(args):
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
+        device, cpu = torch.device("cpu"), torch.cpu.get_capabilities()
+        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:  # processes share the cores: none may take all of them
@@ -487,10 +502,6 @@ def init_process(args):
             torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
     if args.dtype == "auto":
-        cpu = torch.cpu.get_capabilities()
-        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        if device.type == "cuda":
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bf16" if has_bf16 else "fp32"
     if dist.get_rank() == 0:
         print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
@@ -503,54 +514,15 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_jsonl(path, *keys):
-    """Yields a JSONL file's rows (dicts). Each must hold text under `keys`; `prompt` may be chat messages."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                for key in keys:
-                    texts = [row[key]]
-                    if key == "prompt" and isinstance(row[key], list):
-                        texts = [turn[name] for turn in row[key] for name in ("role", "content")]
-                    if not all(isinstance(text, str) for text in texts) or key == "prompt" and not row[key]:
-                        raise TypeError(f"`{key}` holds no text")
-                    "".join(texts).encode()  # a lone surrogate is no text
-                yield row
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write an object with {', '.join(keys) or 'its keys'}")
-    if not number:
-        fail(f"{path}: it holds no rows")
-
-
-def load_tokenizer(folder):
-    """The folder's tokenizer, with a pad token that is not EOS: the last token that is no pad is then EOS."""
-    with reading(folder, "give a model folder with its tokenizer, or a hub name"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.eos_token_id is None:
-        fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
-        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
-        others = [t for t in others if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
-        if not others:
-            fail(f"{folder}: its tokenizer has no pad token; set `pad_token` in its tokenizer_config.json")
-        tokenizer.pad_token = others[0]
-    return tokenizer
-
-
 def load_model(folder):
     """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), SDPA attention, no dropout."""
-    tokenizer = load_tokenizer(folder)
     with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
         config = AutoConfig.from_pretrained(folder)
         for name, value in config.to_dict().items():
             if "drop" in name and isinstance(value, float):  # OPT's is functional: only the config ends it
                 setattr(config, name, 0.0)
-        config.pad_token_id = tokenizer.pad_token_id
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
@@ -560,10 +532,15 @@ def load_model(folder):
 
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        with reading(f"the prompt {str(prompt):.80}", "the chat template refuses it: mend or drop that row"):
-            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not "".join(message["content"] for message in messages):
+        raise ValueError("the prompt is empty")
+    if tokenizer.chat_template:  # code that came with a model: an endless loop ends after 30 seconds
+        signal.signal(signal.SIGALRM, lambda *_: fail("the chat template takes over 30 s; mend it"))
+        signal.alarm(30)
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        signal.alarm(0)
+        return ids
     if not isinstance(prompt, str):
         names = {"user": "Human", "assistant": "Assistant"}
         turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
@@ -575,7 +552,7 @@ def encode_prompt(tokenizer, prompt):
 def encode_response(tokenizer, response):
     """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. A
     leading space parts a response from a plain-text prompt. With a chat template it is removed."""
-    response = response.removeprefix(" ") if tokenizer.chat_template else response
+    response = str.removeprefix(response, " " if tokenizer.chat_template else "")
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
@@ -584,3 +561,7 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a full disk, no permission, a folder that has vanished
         fail(f"{error}; mend that and run again")
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(10)  # if another process has failed, the launcher ends this one before it complains
+        raise

@@ -12,18 +12,18 @@ Rows are padded right: under a causal mask no token sees padding, and no mask is
 """
 import argparse
 import functools
-import glob
 import hashlib
 import json
 import logging
 import math
 import os
-import resource
 import shutil
+import signal
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
-from importlib.metadata import version
+from glob import glob
 from itertools import islice
 
 import deepspeed
@@ -67,8 +67,7 @@ def parse_args():
     flag("--seed", type=int, default=0, help="order of the data")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
-    check_flags(args, "weight_decay", "warmup_steps", "save_steps", "eval_rows")
-    check_out(args.out)
+    check_flags(args, "weight_decay warmup_steps eval_rows save_steps")
     args.epochs = args.epochs or (None if args.max_steps else 1.0)
     return args
 
@@ -80,12 +79,12 @@ def main():
     # ---- model and data
     tokenizer, lm = load_model(args.model)
     args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
-    examples = read_examples(args.data, tokenizer, args.max_length)
-    eval_examples = []
+    key, eval_examples = response_key(args.data), []
+    examples = Rows(args.data, [key], tokenizer, args.max_length)
     if args.eval_data:
-        eval_examples = read_examples(args.eval_data, tokenizer, args.max_length, args.eval_rows)
-    row_tokens = np.array([len(prompt) + len(response) for prompt, response in examples])  # (N,)
-    response_tokens = np.array([len(response) for _, response in examples])  # EOS included
+        key = response_key(args.eval_data)
+        eval_examples = Rows(args.eval_data, [key], tokenizer, args.max_length, args.eval_rows)
+    row_tokens, response_tokens = examples.lengths.sum(1), examples.lengths[:, 1]  # (N,), (N,); EOS included
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
     max_steps = len(steps)
 
@@ -100,10 +99,7 @@ def main():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (  # warm-up, then a cosine to 0
         (step + 1) / args.warmup_steps if step < args.warmup_steps else
         0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
-    config = deepspeed_config(args, device, optimizer)
-    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json given here"):
-        engine, *_ = deepspeed.initialize(None, model, optimizer, lr_scheduler=schedule, config=config)
-    to_batch = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=device)
+    engine = make_engine(model, optimizer, schedule, args)
     state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
 
     # ---- training
@@ -114,85 +110,123 @@ def main():
         learning_rate = optimizer.param_groups[0]["lr"]
         micro_batches = rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]
         for micro in micro_batches:
-            logps = engine(**to_batch([examples[i] for i in micro]))
+            logps = engine([examples[i] for i in micro])
             # DeepSpeed averages over micro-batches and processes; this is the mean over the step's tokens
             engine.backward(-logps.sum() * len(micro_batches) * world_size / response_tokens[rows].sum())
             engine.step()  # the weights move after the step's last micro-batch
             nll -= logps.detach().sum()
         tokens += row_tokens[rows].sum()
         targets += int(response_tokens[rows].sum())
+        grad_norm = float(engine.get_global_grad_norm())  # before clipping
+        if engine.skipped_steps or not math.isfinite(grad_norm):
+            fail(f"step {step}: the loss or its gradient is not finite; lower --learning_rate, or look at "
+                 f"{args.data}, lines {sorted(examples.lines[rows].tolist())}")
 
-        log_steps, eval_steps, save_steps = args.log_steps, args.eval_steps, args.save_steps or math.inf
-        if step in (1, max_steps) or any(step % n == 0 for n in (log_steps, eval_steps, save_steps)):
+        evaluates = eval_examples and (step % args.eval_steps == 0 or step == max_steps)
+        saves = args.save_steps and step % args.save_steps == 0
+        if evaluates or saves or step in (1, max_steps) or step % args.log_steps == 0:
             dist.all_reduce(nll)
-            log(args, step, [{"loss": nll / targets}], engine, epoch=step * args.batch_size / len(examples),
-                learning_rate=learning_rate, tokens_per_second=tokens / (time.time() - start))
-            if eval_examples and (step % eval_steps == 0 or step == max_steps):
-                log(args, step, [{"loss": mean_nll(model, eval_examples, args, to_batch)}], prefix="eval_")
-            if step % save_steps == 0:
-                save_checkpoint(engine, args, {"run": state["run"], "step": step})
+            log(args, step, [{"loss": nll / targets}], epoch=step * args.batch_size / len(examples),
+                learning_rate=learning_rate, grad_norm=grad_norm,
+                tokens_per_second=tokens / (time.time() - start))
+            if evaluates:
+                log(args, step, [{"loss": mean_nll(model, eval_examples, args)}], prefix="eval_")
+            if saves:
+                save_checkpoint(engine, args, state | {"step": step})
             nll, tokens, targets, start = torch.zeros(1, device=device), 0, 0, time.time()
-    save_model(lm, tokenizer, args)
+    dist.barrier()  # every process has read the checkpoint, which goes
+    save_model(lm, tokenizer, args.out)
+    if rank == 0:
+        shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
     dist.destroy_process_group()
 
 
 class ResponseModel(torch.nn.Module):
-    """A causal LM that returns log pi(y|x) of its rows' responses, (B,), in fp32. For autocast see
-    align.py."""
+    """A causal LM that scores responses. In bf16 on a CPU autocast is entered anew in each forward pass: it
+    caches the bf16 weights until it is left."""
 
     def __init__(self, lm, bf16=False):
         super().__init__()
         self.lm, self.bf16 = lm, bf16
 
-    def forward(self, input_ids, segments):
+    def forward(self, examples):
+        """log pi(y|x), (B,), fp32, of B examples, lists of token ids [prompt, response]."""
+        input_ids, segments = collate(examples, self.lm.device)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.lm.device.type == "cpu"):
             hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
             return response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, 1)[:, 0]
 
 
-def collate(examples, pad_token_id, device):
-    """A batch of rows [prompt | response], padded right: input_ids and segments, (B, T) each. The prompt's
-    last token belongs to segment 1: it predicts the response's first token (losses.response_logps)."""
+def collate(examples, device):
+    """A batch of rows [prompt | response], padded right by zeros: input_ids and segments, (B, T) each. The
+    prompt's last token belongs to segment 1: it predicts the response's first token (losses.response_logps).
+    """
     shape = len(examples), max(sum(map(len, example)) for example in examples)
-    input_ids, segments = np.full(shape, pad_token_id), np.full(shape, -1)
+    input_ids, segments = np.zeros(shape, int), np.full(shape, -1)
     for i, (prompt, response) in enumerate(examples):
         length = len(prompt) + len(response)
         input_ids[i, :length] = np.concatenate([prompt, response])
         segments[i, :length] = np.repeat([0, 1], [len(prompt) - 1, len(response) + 1])
-    batch = {"input_ids": input_ids, "segments": segments}
-    return {name: torch.as_tensor(array, device=device) for name, array in batch.items()}
+    return [torch.as_tensor(x, device=device) for x in (input_ids, segments)]
 
 
 @torch.no_grad()
-def mean_nll(model, examples, args, to_batch):
-    """Mean negative log-likelihood of the examples' response tokens, shared out among the processes."""
-    total = torch.zeros(1, dtype=torch.float64, device=next(model.parameters()).device)
-    order = sorted(range(len(examples)), key=lambda i: -sum(map(len, examples[i])))
+def mean_nll(model, examples, args):
+    """Mean negative log-likelihood of the examples' response tokens, (1,), shared out among the processes."""
+    total = torch.zeros(1, dtype=torch.float64, device=model.lm.device)
+    order = sorted(range(len(examples)), key=lambda i: -examples.lengths[i].sum())
     micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for micro in tqdm(micro_batches[rank::world_size], "evaluating", disable=rank > 0, leave=False):
-        total -= model(**to_batch([examples[i] for i in micro])).sum()
+        total -= model([examples[i] for i in micro]).sum()
     dist.all_reduce(total)
-    return total / sum(len(response) for _, response in examples)
+    return total / examples.lengths[:, 1].sum()
 
 
-def read_examples(path, tokenizer, max_length, limit=0):
-    """Token ids (prompt, response) of the rows that fit in max_length, of the file's first `limit` rows."""
-    first, examples, number = next(read_jsonl(path, "prompt")), [], 0
-    key = next((key for key in ("chosen", "label", "response") if key in first), "chosen")
-    stream = islice(read_jsonl(path, "prompt", key), limit or None)
-    for number, row in enumerate(tqdm(stream, "tokenising", unit=" rows", disable=dist.get_rank() > 0), 1):
-        prompt, response = encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row[key])
-        if len(prompt) + len(response) <= max_length:
-            examples.append([np.array(ids, dtype=np.int32) for ids in (prompt, response)])
-    if not examples:
-        fail(f"{path}: all {number} rows have over --max_length {max_length} tokens; raise it")
-    if dist.get_rank() == 0:
-        print(f"{path}: {len(examples)} rows, {number - len(examples)} over --max_length dropped")
-    return examples
+def response_key(path):
+    """Where a file's first row has its response: `chosen`, `label` or `response`."""
+    with reading(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
+        row = json.loads(file.readline())
+        return next((key for key in ("chosen", "label", "response") if key in row), "chosen")
 
 
 # ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
+
+
+class Rows:
+    """Token ids of a JSONL file's rows that fit in max_length. They lie in a temporary file, so that memory
+    does not grow. rows[i] is a list of int32 arrays: the prompt, and the responses under `keys`.
+
+    lines: (N,), line numbers in the file. lengths: (N, 1 + responses), tokens of each, EOS included.
+    """
+
+    def __init__(self, path, keys, tokenizer, max_length, limit=0):
+        number, lines, lengths, ids = 0, [], [], tempfile.TemporaryFile()
+        with reading(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
+            bar = tqdm(islice(file, limit or None), "tokenising", unit=" rows", disable=dist.get_rank() > 0)
+            for number, line in enumerate(bar, 1):
+                with reading(f"{path}, line {number}", f"write an object with prompt, {', '.join(keys)}"):
+                    row = json.loads(line)
+                    texts = [encode_prompt(tokenizer, row["prompt"])]
+                    texts += [encode_response(tokenizer, row[key]) for key in keys]
+                if len(texts[0]) + max(map(len, texts[1:])) <= max_length:
+                    ids.write(np.array(sum(texts, []), np.int32))
+                    lines.append(number)
+                    lengths.append([len(text) for text in texts])
+        if not lines:
+            fail(f"{path}: none of {number} rows fits in --max_length {max_length} or the model's positions")
+        if dist.get_rank() == 0:
+            print(f"{path}: {len(lines)} rows, {number - len(lines)} over --max_length {max_length} dropped")
+        ids.flush()
+        self.ids, self.lines, self.lengths = np.memmap(ids, np.int32, "r"), np.array(lines), np.array(lengths)
+        self.ends = self.lengths.sum(1).cumsum()
+
+    def __len__(self):
+        return len(self.lines)
+
+    def __getitem__(self, i):
+        row = np.array(self.ids[self.ends[i] - self.lengths[i].sum():self.ends[i]])
+        return np.split(row, self.lengths[i].cumsum()[:-1])
 
 
 def plan_steps(row_tokens, args):
@@ -221,131 +255,116 @@ def plan_steps(row_tokens, args):
     return np.stack([rows[np.argsort(-row_tokens[rows], kind="stable")] for rows in steps])
 
 
-def deepspeed_config(args, device, optimizer):
-    """--deepspeed_config as a dict, with this run's batch sizes. One CPU process runs without ZeRO: it has
-    nothing to share out, and ZeRO would copy weights and gradients."""
+def make_engine(model, optimizer, schedule, args):
+    """DeepSpeed's engine by --deepspeed_config, with this run's batch sizes and dtype. One CPU process runs
+    without ZeRO: it has nothing to share out, and ZeRO would copy weights and gradients."""
     with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json given here"):
         with open(args.deepspeed_config) as file:
             config = json.load(file)
-        clipping = float(config.get("gradient_clipping", 0))
-        stage = config["zero_optimization"]["stage"]
-        assert stage in (1, 2) and clipping >= 0, f"ZeRO stage {stage} is not 1 or 2, or clipping is negative"
-    config |= {"train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
-               "steps_per_print": 2**31, "gradient_clipping": clipping,
-               "bf16": {"enabled": device.type == "cuda" and args.dtype == "bf16"}}
-    if device.type == "cpu" and dist.get_world_size() == 1:
-        config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
-
-        def clip(optimizer, *_):  # here, because without ZeRO DeepSpeed's own clipping forgets the norm
+        stage, clipping = config["zero_optimization"]["stage"], float(config.get("gradient_clipping", 0))
+        assert stage in (0, 1, 2) and clipping >= 0, "give ZeRO stage 0, 1 or 2, and no negative clipping"
+        on_gpu = torch.cuda.is_available()
+        config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
+                   "train_micro_batch_size_per_gpu": args.micro_batch_size,
+                   "bf16": {"enabled": on_gpu and args.dtype == "bf16"}}
+        if not on_gpu and (stage == 0 or dist.get_world_size() == 1):
+            config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
             weights = [p for group in optimizer.param_groups for p in group["params"]]
-            optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(weights, clipping or math.inf)
-        optimizer.register_step_pre_hook(clip)
-    return config
+            clip = functools.partial(torch.nn.utils.clip_grad_norm_, weights, clipping or math.inf)
+            optimizer.register_step_pre_hook(  # here DeepSpeed's own clipping forgets the norm
+                lambda *_: setattr(optimizer, "_global_grad_norm", clip()))
+        return deepspeed.initialize(None, model, optimizer, lr_scheduler=schedule, config=config)[0]
 
 
 def start_run(engine, args):
-    """The step to start from, what the run is (flags, files), and what a checkpoint keeps beside weights
-    and optimizer. --resume loads the newest one. It refuses other files, another number of processes and other
-    flags but for `may_change`. Without it a folder with a checkpoint is refused, a finished run replaced."""
-    may_change = ("resume", "local_rank", "log_steps", "eval_steps", "save_steps", "micro_batch_size",
-                  "gradient_checkpointing", "out")
+    """The state to start from: the run (flags, files), its step, the length of its log. --resume loads the
+    newest checkpoint. It refuses other files, processes and flags, but for those that `may_change`. Without
+    it an unfinished run is refused, and a finished one replaced."""
+    may_change = ("resume", "local_rank", "out", "micro_batch_size", "gradient_checkpointing", "log_steps",
+                  "eval_steps", "save_steps", "keep_steps")
     names = "data", "eval_data", "oracle_rewards", "eval_oracle_rewards", "deepspeed_config"
     files = {f"sha256 of {path}": sha256(path) for path in map(vars(args).get, names) if path}
     run = vars(args) | {"processes": dist.get_world_size()} | files
     state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
-    names = glob.glob("step*", root_dir=folder)
-    saved = max((int(name[4:]) for name in names if name[4:].isdigit()), default=0)  # the newest's step
-    if args.resume and not saved:
-        fail(f"--resume: {folder} holds no checkpoint; start without --resume")
-    if saved and not args.resume:
-        fail(f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
+    steps = [name[4:] for name in glob("step*", root_dir=folder)]
+    saved = f"{folder}/step{max(map(int, steps), default=0)}"
+    if bool(steps) != args.resume:
+        fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
+             f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {folder}/step{saved}", "delete it to start anew"):
-            with open(f"{folder}/step{saved}/state.json") as file:
-                state = json.load(file)
+        with reading(f"--resume: {saved}", "delete it to start anew"):
+            state = torch.load(f"{saved}/state.pt", weights_only=True)
             for name, value in run.items():
                 before = state["run"].get(name)
                 if name not in may_change and value != before:
                     fail(f"--resume: {name} was {before} and is now {value}; go on as the run began")
-            state |= engine.load_checkpoint(folder, tag=f"step{saved}")[1]
+            engine.load_checkpoint(*os.path.split(saved))
     if dist.get_rank() == 0:
-        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")}
+        os.makedirs(args.out, exist_ok=True)
         with open(f"{args.out}/args.json", "w") as file:
-            json.dump(run | {"versions": versions}, file, indent=2)
+            json.dump(run, file, indent=2)
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.truncate(min(state["log_size"], file.tell()))
         print(f"{args.out}: from step {state['step']}")
     return state
 
 
-def log(args, step, window, engine=None, prefix="", **figures):
+def log(args, step, window, prefix="", **figures):
     """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
-
-    window: the metrics of this process's pairs, a list of dicts of (B,). What is NaN in every pair, for want
-    of Oracle rewards, is left out. With an engine it fails where the loss or a weight is not finite.
-    """
+    window: the metrics of this process's pairs, dicts of (B,). NaN in every pair, for want of Oracle rewards,
+    is left out."""
     here = {prefix + name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
     means = {name: torch.cat([part[name] for part in everywhere]).mean().item() for name in here
              if not here[name].isnan().all()}
-    if engine:
-        finite = all(weight.isfinite().all() for weight in engine.module.parameters())
-        if not finite or not math.isfinite(means.get("loss", math.nan)):
-            fail(f"step {step}: the loss or a weight is not finite; lower --learning_rate. No model is saved")
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        used = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else resident
-        norm, skipped = float(engine.get_global_grad_norm()), engine.skipped_steps
-        figures |= {"grad_norm": norm if math.isfinite(norm) else None, "skipped_steps": skipped,
-                    "peak_memory_gb": used / 2**30}
-        if 2 * skipped > step:
-            fail(f"step {step}: {skipped} steps had gradients that are not finite, and were skipped; lower "
-                 f"--learning_rate")
-        if skipped and not math.isfinite(norm) and dist.get_rank() == 0:
-            tqdm.write(f"warning: step {step} is skipped, its gradient is not finite; {skipped} steps so far")
     if dist.get_rank() == 0:
+        if torch.cuda.is_available() and not prefix:
+            figures["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **means, **figures}) + "\n")
         shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
         tqdm.write(f"step {step}: " + ", ".join(f"{n} {means[n]:.4g}" for n in means if n.endswith(shown)))
 
 
-def save_checkpoint(engine, args, state, **tensors):
+def save_checkpoint(engine, args, state):
     """Writes <out>/checkpoint/step<k> whole or not at all, then deletes the one before it."""
     folder = f"{args.out}/checkpoint"
-    engine.save_checkpoint(folder, tag="partial", client_state=tensors, save_latest=False)
+    engine.save_checkpoint(folder, tag="partial", save_latest=False)
     if dist.get_rank() == 0:
-        with open(f"{folder}/partial/state.json", "w") as file:
-            json.dump(state | {"log_size": os.path.getsize(f"{args.out}/log.jsonl")}, file)
-        before = glob.glob(f"{folder}/step*")
+        state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
+        torch.save(state, f"{folder}/partial/state.pt")
+        before = glob(f"{folder}/step*")
         os.replace(f"{folder}/partial", f"{folder}/step{state['step']}")
         for path in before:
             shutil.rmtree(path)
 
 
-def save_model(lm, tokenizer, args, head=None):
-    """Writes model and tokenizer, each file whole or not at all. Then the checkpoint goes. A policy's head is
-    put beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
-    dist.barrier()  # every process has read the checkpoint
+def save_model(lm, tokenizer, folder, head=None):
+    """Writes model and tokenizer, each file whole or not at all. A policy's head is put beside the model:
+    programs that serve causal LMs refuse a model with a tensor too many."""
+    if not all(weight.isfinite().all() for weight in lm.parameters()):
+        fail(f"{folder}: the weights are not finite and are not saved; lower --learning_rate")
     if dist.get_rank() == 0:
-        partial = f"{args.out}/partial"
+        partial = f"{folder}/partial"
         lm.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if head:
             save_file({"score.weight": head.weight.data}, f"{partial}/score.safetensors")
-        elif os.path.exists(f"{args.out}/score.safetensors"):  # an older run's
-            os.remove(f"{args.out}/score.safetensors")
+        elif os.path.exists(f"{folder}/score.safetensors"):  # an older run's
+            os.remove(f"{folder}/score.safetensors")
         for name in os.listdir(partial):
-            os.replace(f"{partial}/{name}", f"{args.out}/{name}")
+            os.replace(f"{partial}/{name}", f"{folder}/{name}")
         os.rmdir(partial)
-        shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
-        print(f"{args.out}: model, tokenizer, args.json and log.jsonl written")
+        print(f"{folder}: model and tokenizer written")
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
+    """Ends the program on bad input: one line on stderr, exit status 2. The launcher ends every process once
+    one has ended. So the first one speaks for all; another is heard if the error is its alone."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 
@@ -360,20 +379,13 @@ def reading(what, mend):
         fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.300}); {mend}")
 
 
-def check_flags(args, *may_be_zero):
-    """Fails where a number is not above 0 and finite. Those in `may_be_zero`, and a seed, may be 0."""
+def check_flags(args, may_be_zero):
+    """Fails where a number is not above 0 and finite. Flags named in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
-        zero_too = name in (*may_be_zero, "seed", "local_rank")
+        zero_too = name in [*may_be_zero.split(), "seed", "local_rank"]
         for value in values if isinstance(values, list) else [values]:
             if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
                 fail(f"--{name} {value}: give a finite number {'of 0 or more' if zero_too else 'above 0'}")
-
-
-def check_out(folder):
-    """Fails where the folder cannot be made and written: now, before the run is paid for."""
-    with reading(f"--out {folder}", "name another folder"):
-        os.makedirs(folder or ".", exist_ok=True)
-        assert os.access(folder or ".", os.W_OK), "it cannot be written"
 
 
 def init_process(args):
@@ -383,11 +395,13 @@ def init_process(args):
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
+        device, cpu = torch.device("cpu"), torch.cpu.get_capabilities()
+        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:  # processes share the cores: none may take all of them
@@ -395,10 +409,6 @@ def init_process(args):
             torch.set_num_threads(max(1, torch.get_num_threads() // here))
     deepspeed.init_distributed(verbose=False)
     if args.dtype == "auto":
-        cpu = torch.cpu.get_capabilities()
-        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        if device.type == "cuda":
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bf16" if has_bf16 else "fp32"
     if dist.get_rank() == 0:
         print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
@@ -411,54 +421,15 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_jsonl(path, *keys):
-    """Yields a JSONL file's rows (dicts). Each must hold text under `keys`; `prompt` may be chat messages."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                for key in keys:
-                    texts = [row[key]]
-                    if key == "prompt" and isinstance(row[key], list):
-                        texts = [turn[name] for turn in row[key] for name in ("role", "content")]
-                    if not all(isinstance(text, str) for text in texts) or key == "prompt" and not row[key]:
-                        raise TypeError(f"`{key}` holds no text")
-                    "".join(texts).encode()  # a lone surrogate is no text
-                yield row
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write an object with {', '.join(keys) or 'its keys'}")
-    if not number:
-        fail(f"{path}: it holds no rows")
-
-
-def load_tokenizer(folder):
-    """The folder's tokenizer, with a pad token that is not EOS: the last token that is no pad is then EOS."""
-    with reading(folder, "give a model folder with its tokenizer, or a hub name"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.eos_token_id is None:
-        fail(f"{folder}: its tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
-        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
-        others = [t for t in others if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
-        if not others:
-            fail(f"{folder}: its tokenizer has no pad token; set `pad_token` in its tokenizer_config.json")
-        tokenizer.pad_token = others[0]
-    return tokenizer
-
-
 def load_model(folder):
     """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), SDPA attention, no dropout."""
-    tokenizer = load_tokenizer(folder)
     with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
         config = AutoConfig.from_pretrained(folder)
         for name, value in config.to_dict().items():
             if "drop" in name and isinstance(value, float):  # OPT's is functional: only the config ends it
                 setattr(config, name, 0.0)
-        config.pad_token_id = tokenizer.pad_token_id
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
@@ -468,10 +439,15 @@ def load_model(folder):
 
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        with reading(f"the prompt {str(prompt):.80}", "the chat template refuses it: mend or drop that row"):
-            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not "".join(message["content"] for message in messages):
+        raise ValueError("the prompt is empty")
+    if tokenizer.chat_template:  # code that came with a model: an endless loop ends after 30 seconds
+        signal.signal(signal.SIGALRM, lambda *_: fail("the chat template takes over 30 s; mend it"))
+        signal.alarm(30)
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        signal.alarm(0)
+        return ids
     if not isinstance(prompt, str):
         names = {"user": "Human", "assistant": "Assistant"}
         turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
@@ -483,7 +459,7 @@ def encode_prompt(tokenizer, prompt):
 def encode_response(tokenizer, response):
     """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. A
     leading space parts a response from a plain-text prompt. With a chat template it is removed."""
-    response = response.removeprefix(" ") if tokenizer.chat_template else response
+    response = str.removeprefix(response, " " if tokenizer.chat_template else "")
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
@@ -492,3 +468,7 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a full disk, no permission, a folder that has vanished
         fail(f"{error}; mend that and run again")
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(10)  # if another process has failed, the launcher ends this one before it complains
+        raise

@@ -45,6 +45,7 @@ if __name__ == "__main__":  # not in a worker: its memory is measured, and TRL's
     import toy
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KEYS = ["chosen", "rejected"]
 MODES = ["align", "in_the_loop", "losses", "oracle", "sft", "scoring", "generation"]
 RATIOS = {"1:1": (128, 128), "3:1": (192, 64), "11:1": (352, 32)}  # tokens of prompt and response, EOS too
 GOALS = {"1:1": (0.55, 0.80), "3:1": (0.45, 0.70), "11:1": (0.35, 0.60), "natural": (0.85,)}  # time, memory
@@ -82,7 +83,7 @@ def main():
     model = os.path.abspath(args.model or f"{home}/model")
     if not args.model:
         make_small_model(model)
-    tokenizer, config = align.load_tokenizer(model), align.AutoConfig.from_pretrained(model)
+    tokenizer, config = (auto.from_pretrained(model) for auto in (align.AutoTokenizer, align.AutoConfig))
     batch, max_steps, table = args.batch_size, args.steps + 2, []
 
     def data(shape, number=batch * max_steps, batch_size=batch):
@@ -184,27 +185,27 @@ def write_data(folder, tokenizer, shape, path, number, batch_size=None):
     our training at this batch size, or without one in file order. Returns the folder."""
     os.makedirs(folder, exist_ok=True)
     if shape == "natural" and path:
-        rows, fits = list(align.read_jsonl(path)), align.read_pairs(path, tokenizer, 1024)[1]
+        rows, fits = [json.loads(line) for line in open(path)], align.Rows(path, KEYS, tokenizer, 1024).lines
         if len(fits) < number:
             align.fail(f"--data {path}: {len(fits)} pairs of at most 1024 tokens, {number} are needed; "
                        "lower --steps or --rows")
-        rows = [rows[i] for i in random.Random(0).sample(list(fits), number)]
+        rows = [rows[line - 1] for line in random.Random(0).sample(fits.tolist(), number)]
     else:
         rows = random_rows(tokenizer, shape, number)
     data = "".join(json.dumps(row) + "\n" for row in rows)
     Path(f"{folder}/pairs.jsonl").write_text(data)
-    pairs = align.read_pairs(f"{folder}/pairs.jsonl", tokenizer, 1024)[0]
+    pairs = align.Rows(f"{folder}/pairs.jsonl", KEYS, tokenizer, 1024)
     order = range(len(pairs))
     if batch_size:
         flags = argparse.Namespace(batch_size=batch_size, micro_batch_size=batch_size, seed=0, warmup_steps=0,
                                    max_steps=number // batch_size, epochs=None)
-        order = align.plan_steps(align.np.array([sum(map(len, pair)) for pair in pairs]), flags).flatten()
+        order = align.plan_steps(pairs.lengths.sum(1), flags).flatten()
     lines = [json.dumps([ids.tolist() for ids in pairs[i]]) + "\n" for i in order]
     Path(f"{folder}/ids.jsonl").write_text("".join(lines))
     torch.save({"chosen": torch.randn(3, number), "rejected": torch.randn(3, number),
                 "data_sha256": hashlib.sha256(data.encode()).hexdigest()}, f"{folder}/rewards.pt")
     print("tokens of prompt, chosen and rejected on average:",
-          *(round(statistics.mean(map(len, part))) for part in zip(*pairs)))
+          *pairs.lengths.mean(0).round().astype(int))
     return folder
 
 

@@ -77,9 +77,8 @@ def end(*inputs):
 sys.path.insert(0, os.getcwd())
 for name in "torch", "transformers", "deepspeed", "align":
     module = timed(f"import {name}", importlib.import_module)(name)
-for name in "parse_args init_process load_tokenizer load_model load_split check_layout start_run".split():
+for name in "parse_args init_process load_model load_split make_engine check_layout start_run".split():
     setattr(module, name, timed(name, getattr(module, name)))
-module.deepspeed.initialize = timed("deepspeed.initialize", module.deepspeed.initialize)
 module.score_all = end
 module.main()
 """

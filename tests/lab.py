@@ -94,12 +94,14 @@ VARIANTS = [*ABLATION, *list(METHODS)[len(HEADLINE):]]
 
 
 def cell(flip=0.0, split="all", oracle="learned", pairs=6000, winners="any", steps=100, methods=HEADLINE,
-         temperatures=False):
+         temperatures=False, labels="own"):
     """flip: the share of flipped labels. winners: keep pairs whose winner is shorter, equal or longer.
-    temperatures: sample at 0.2, 0.5 and 0.9 too, and let the Oracle judge beside the true reward."""
+    temperatures: sample at 0.2, 0.5 and 0.9 too, and let the Oracle judge beside the true reward. labels: the
+    pairs' own, or the "oracle"'s order."""
     return locals()
 
 
+UNLABELLED = ["DRDO (head) --alpha 0", "DRDO (logps) --alpha 0"]  # they read no label
 FLIPS, TEACHERS = (0.0, 0.2, 0.4), ("learned", "larger", "true")
 LENGTHS = {100: "noisy_lc_le", 300: "steps_300", 1000: "steps_1000"}  # steps: the cell with so many
 CELLS = {
@@ -112,6 +114,9 @@ CELLS = {
     "clean_lc_le": cell(split="lc_le", methods=GRID),
     **{f"winners_{w}": cell(winners=w, methods=["DPO", *MAIN]) for w in ("shorter", "equal", "longer")},
     **{f"pairs_{n}": cell(flip=0.2, pairs=n, methods=["DPO", *MAIN]) for n in (500, 1500)},
+    "cross_model": cell(oracle="gpt_neox", methods=["DPO", *MAIN]),
+    **{f"labels_{who}": cell(oracle="others", labels=who, methods=["DPO", *MAIN, *UNLABELLED])
+       for who in ("own", "oracle")},
 }
 SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [20, 21, 22, 23, 24], [90, 91], ["clean_all", "noisy_lc_le"]
 SHARED = {"eval_data": "", "save_steps": 0, "warmup_steps": 10}  # flags of sft.py, oracle.py and align.py
@@ -219,18 +224,28 @@ def teach(seed, home, cell):
             "batch_size": 16, "learning_rate": 2e-3, **flags})
         return folder
 
+    def other_pairs(times):  # of other posts, with the same share of flips
+        path = f"{world}/other_pairs_{times}.jsonl"
+        if not os.path.exists(path):
+            toy.write_jsonl(path, toy.make_pairs(times * cell["pairs"], seed + 500, cell["flip"]))
+        return path
+
     learned = reward_model(f"{world}/oracle", max_steps=400)
     if cell["oracle"] == "learned":
         stage(precompute_rewards, oracle_rewards, oracle=learned, data=data)
-    elif cell["oracle"] == "larger":  # three times the student's size, three times the pairs
-        more = f"{world}/more.jsonl"
-        if not os.path.exists(more):
-            toy.write_jsonl(more, toy.make_pairs(3 * cell["pairs"], seed + 500, cell["flip"]))
-        stage(toy, f"{home}/larger", "/base/config.json", seed=seed, hidden_size=96, layers=3)
-        larger = tune(seed, home, f"{home}/larger/base", f"{home}/larger_sft")
-        larger = reward_model(f"{world}/larger_oracle", max_steps=1000, learning_rate=1e-3, model=larger,
-                              data=more)
-        stage(precompute_rewards, oracle_rewards, oracle=larger, data=data)
+    elif cell["oracle"] == "others":  # learned from other pairs; with labels "oracle" it orders these
+        more = other_pairs(1)
+        others = reward_model(f"{world}/others_oracle", max_steps=400, data=more)
+        relabel = {"relabel": data} if cell["labels"] == "oracle" else {}
+        stage(precompute_rewards, oracle_rewards, oracle=others, data=f"{world}/data{whole}", **relabel)
+    elif cell["oracle"] in ("larger", "gpt_neox"):  # another model than the student, on three times the pairs
+        size = {"larger": {"hidden_size": 96, "layers": 3},
+                "gpt_neox": {"hidden_size": 96, "family": "gpt_neox"}}[cell["oracle"]]
+        stage(toy, f"{home}/{cell['oracle']}", "/base/config.json", seed=seed, **size)
+        other = tune(seed, home, f"{home}/{cell['oracle']}/base", f"{home}/{cell['oracle']}_sft")
+        other = reward_model(f"{world}/{cell['oracle']}_oracle", max_steps=1000, learning_rate=1e-3,
+                             model=other, data=other_pairs(3))
+        stage(precompute_rewards, oracle_rewards, oracle=other, data=data)
     elif not os.path.exists(oracle_rewards):
         true_rewards(data, oracle_rewards)
     if "e-DPO" in cell["methods"]:
@@ -249,6 +264,8 @@ def places(home, cell):
     data = f"{world}/data/{name}/train.jsonl"
     if cell["winners"] != "any":
         name, data = f"{name}_{cell['winners']}", f"{world}/data/winners_{cell['winners']}.jsonl"
+    if cell["labels"] == "oracle":
+        name, data = f"{name}_relabelled", f"{world}/data/{name}_relabelled.jsonl"
     return world, name, data, f"{world}/{name}.{cell['oracle']}.pt"
 
 
@@ -599,7 +616,7 @@ def eq6_terms(folder, data, rewards, seed, pairs=480):
     encoded = [(align.encode_prompt(tokenizer, row["prompt"]),
                 *(align.encode_response(tokenizer, row[key]) for key in ("chosen", "rejected")))
                for row in read_rows(data)[:pairs]]
-    logps, student = align.PairModel(lm, head)(**align.collate(encoded, tokenizer.pad_token_id, "cpu"))
+    logps, student = align.PairModel(lm, head)(encoded)
     z_w, z_l = logps.unbind(1)
     tokens_w, tokens_l = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in encoded]).T
     saved = torch.load(rewards, weights_only=True)

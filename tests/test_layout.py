@@ -1,6 +1,5 @@
 """What a pair scores does not depend on its batch, on padding or on the one-row layout; compared in fp64 with the models'
 own forward on prompt + response alone."""
-import functools
 from argparse import Namespace
 
 import numpy as np
@@ -11,6 +10,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 
 import align
 import losses
+import oracle
 import precompute_rewards
 import sft
 
@@ -22,7 +22,6 @@ CONFIGS = {
                        sliding_window=47),
     "gpt_neox": GPTNeoXConfig(**SHAPE, intermediate_size=32, pad_token_id=1),
 }
-PAD = 1
 
 
 @pytest.fixture(params=CONFIGS, scope="module")
@@ -46,6 +45,11 @@ def pairs():
     return [[generator.integers(0, 61, n, dtype=np.int32) for n in row] for row in lengths]
 
 
+class Rows(list):
+    """Pairs as align.Rows holds them."""
+    lengths = property(lambda self: np.array([list(map(len, pair)) for pair in self]))
+
+
 def own_logp(lm, prompt, response):
     """log pi(response|prompt) by the model's own forward, a plain loop over its softmax."""
     ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long)[None]
@@ -65,7 +69,7 @@ def own_reward(classifier, prompt, response):
 @torch.no_grad()
 def test_a_row_of_two_responses_scores_as_two_rows(models):
     model, classifier = models
-    logps, rewards = model(**align.collate(pairs(), PAD, "cpu"))
+    logps, rewards = model(pairs())
     for i, (prompt, *responses) in enumerate(pairs()):
         for j, response in enumerate(responses):
             assert logps[i, j].item() == pytest.approx(own_logp(model.lm, prompt, response).item(), rel=1e-10)
@@ -75,11 +79,9 @@ def test_a_row_of_two_responses_scores_as_two_rows(models):
 @torch.no_grad()
 def test_scores_do_not_depend_on_the_batch_or_on_padding(models):
     model, _ = models
-    together = torch.stack(model(**align.collate(pairs(), PAD, "cpu")))
-    alone = torch.cat([torch.stack(model(**align.collate([pair], PAD, "cpu"))) for pair in pairs()], 1)
-    other_pad = torch.stack(model(**align.collate(pairs(), 7, "cpu")))
+    together = torch.stack(model(pairs()))
+    alone = torch.cat([torch.stack(model([pair])) for pair in pairs()], 1)
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(together, other_pad, rtol=1e-10, atol=1e-10)
 
 
 def test_loss_and_gradient_are_the_mean_over_pairs_alone(models):
@@ -87,7 +89,7 @@ def test_loss_and_gradient_are_the_mean_over_pairs_alone(models):
     parameters = [p for name, p in model.lm.named_parameters()]
 
     def drdo(batch):
-        logps, rewards = model(**align.collate(batch, PAD, "cpu"))
+        logps, rewards = model(batch)
         return losses.drdo_loss(*logps.unbind(1), *rewards.unbind(1), torch.ones(len(batch)), torch.zeros(len(batch)), gamma=0.0)
 
     together = drdo(pairs())
@@ -99,9 +101,8 @@ def test_loss_and_gradient_are_the_mean_over_pairs_alone(models):
 
 @torch.no_grad()
 def test_unscored_responses_change_nothing(models):
-    model, _ = models
-    batch = align.collate(pairs(), PAD, "cpu")
-    (both, rewards), (chosen, same), (none, also) = model(**batch), model(**batch, num_logps=1), model(**batch, num_logps=0)
+    model = oracle.PairModel(models[0].lm, models[0].score)
+    (both, rewards), (chosen, same), (none, also) = (model(pairs(), n) for n in (2, 1, 0))
     torch.testing.assert_close(both[:, :1], chosen)
     assert none.shape == (len(pairs()), 0)
     torch.testing.assert_close(rewards, same)
@@ -113,27 +114,26 @@ def test_sft_and_scoring_need_no_mask(models, process_group):
     """sft.py and precompute_rewards.py pad right and pass no mask at all."""
     model, classifier = models
     examples = [pair[:2] for pair in pairs()]
-    logps = sft.ResponseModel(model.lm)(**sft.collate(examples, PAD, "cpu"))
+    logps = sft.ResponseModel(model.lm)(examples)
     expected = [own_logp(model.lm, *example).item() for example in examples]
     assert logps.tolist() == pytest.approx(expected, rel=1e-10)
     texts = [np.concatenate(example).tolist() for example in examples]
     expected = [own_reward(classifier, *example).item() for example in examples]
     for batch_size in (1, 2, 5):
-        scores = precompute_rewards.score(classifier, texts, PAD, batch_size, torch.device("cpu"), "")
+        scores = precompute_rewards.score(classifier, texts, batch_size, "")
         assert scores.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_that_ignores_the_mask_is_refused(models, capsys):
     model, _ = models
-    to_batch = functools.partial(align.collate, pad_token_id=PAD, device="cpu")
-    args = Namespace(model="folder", dtype="fp32")
-    align.check_layout(model.lm, pairs()[3], to_batch, args)  # as it should be
+    args, rows = Namespace(model="folder"), Rows(pairs()[3:4])
+    align.check_layout(model.lm, rows, args)  # as it should be
     base = model.lm.base_model
     plain = base.forward
     base.forward = lambda *ids, **inputs: plain(*ids, **{**inputs, "attention_mask": None})
     try:
         with pytest.raises(SystemExit) as exit:
-            align.check_layout(model.lm, pairs()[3], to_batch, args)
+            align.check_layout(model.lm, rows, args)
     finally:
         del base.forward
     assert exit.value.code == 2 and "in the row of a pair" in capsys.readouterr().err

@@ -102,6 +102,44 @@ def test_the_rewards_file_is_what_the_design_says(lab):
     torch.testing.assert_close(rewards["chosen"][0, kept], whole[kept], rtol=1e-5, atol=1e-6)
 
 
+def test_an_oracle_orders_pairs_without_labels(lab, tmp_path):
+    """The response with the higher reward becomes `chosen`, whichever stood there; align.py takes both files."""
+    rewards = torch.load(lab / "rewards.pt", weights_only=True)
+    rows = [json.loads(line) for line in open(lab / "train.jsonl")]
+    better = [row["chosen"] if w > l else row["rejected"]
+              for row, w, l in zip(rows, rewards["chosen"][0], rewards["rejected"][0])]
+    toy.write_jsonl(str(tmp_path / "pairs.jsonl"), [
+        row | {"chosen": row["rejected"], "rejected": row["chosen"]} if i % 2 else row for i, row in enumerate(rows)])
+    run("precompute_rewards.py", "--oracle", lab / "oracle", "--data", tmp_path / "pairs.jsonl",
+        "--relabel", tmp_path / "labelled.jsonl", "--out", tmp_path / "rewards.pt")
+    labelled = [json.loads(line) for line in open(tmp_path / "labelled.jsonl")]
+    assert [row["chosen"] for row in labelled] == better
+    assert [{row["chosen"], row["rejected"]} for row in labelled] == [{row["chosen"], row["rejected"]} for row in rows]
+    saved = torch.load(tmp_path / "rewards.pt", weights_only=True)
+    expected = [max(pair) for pair in zip(rewards["chosen"][0].tolist(), rewards["rejected"][0].tolist())]
+    assert saved["chosen"][0].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    run("align.py", "--loss", "drdo", "--model", lab / "sft", "--data", tmp_path / "labelled.jsonl", "--eval_data", "",
+        "--oracle_rewards", tmp_path / "rewards.pt", *TRAINING, "--max_steps", 1, "--out", tmp_path / "out")
+    assert json.load(open(tmp_path / "out" / "args.json"))["oracles"] == [str(lab / "oracle")]
+
+
+def test_an_oracle_of_another_family_tokenizer_and_width_teaches(lab, tmp_path):
+    """GPT-NeoX on pieces of words teaches the Llama that reads words: the student's differences become its own."""
+    tokenizer = toy.make_tokenizer(pieces=True)
+    tokenizer.save_pretrained(tmp_path / "base")
+    toy.make_model(tokenizer, 1, hidden_size=32, family="gpt_neox").save_pretrained(tmp_path / "base")
+    data = ["--data", lab / "train.jsonl", "--eval_data", "", *TRAINING]
+    run("oracle.py", "--model", tmp_path / "base", *data, "--max_steps", 6, "--learning_rate", 2e-3, "--out", tmp_path / "oracle")
+    run("precompute_rewards.py", "--oracle", tmp_path / "oracle", "--data", lab / "train.jsonl", "--out", tmp_path / "rewards.pt")
+    rewards = torch.load(tmp_path / "rewards.pt", weights_only=True)
+    run("align.py", "--loss", "drdo", "--model", lab / "sft", *data, "--oracle_rewards", tmp_path / "rewards.pt",
+        "--student_rewards", "logps", "--unit_oracle", "--alpha", 0, "--learning_rate", 1e-3, "--max_steps", 45,
+        "--out", tmp_path / "out")
+    distillation, margins = read_log(tmp_path / "out", "loss/distillation"), (rewards["chosen"] - rewards["rejected"])[0]
+    assert sum(distillation[-3:]) < 0.2 * sum(distillation[:3])
+    assert sum(read_log(tmp_path / "out", "oracle/margins")[-3:]) / 3 == pytest.approx((margins / margins.std()).mean().item(), rel=1e-3)
+
+
 def test_reward_models_of_other_seeds_differ_in_their_heads(lab):
     """After the same ten steps from one SFT policy the bodies are close, the heads unrelated."""
     a, b = (load_file(lab / name / "model.safetensors")["score.weight"][0] for name in ("oracle", "reward_model"))
@@ -111,12 +149,15 @@ def test_reward_models_of_other_seeds_differ_in_their_heads(lab):
 
 def test_drdo_distils_the_oracle(lab, tmp_path):
     """alpha 0 leaves the first term: the head's reward differences become the Oracle's, on the pairs trained on."""
-    run(*align_flags(lab, "drdo"), "--alpha", 0, "--max_steps", 60, "--out", tmp_path)
+    run(*align_flags(lab, "drdo"), "--alpha", 0, "--max_steps", 60, "--keep_steps", 30, "--out", tmp_path)
     distillation = read_log(tmp_path, "loss/distillation")
     assert sum(distillation[-6:]) < 0.2 * sum(distillation[:6])
     # the policy with its head inside is a reward model
     policy, head = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "score.safetensors")
     assert list(head) == ["score.weight"] and not head.keys() & policy.keys()
+    kept = [AutoModelForCausalLM.from_pretrained(tmp_path / step).state_dict() for step in ("step30", "step60")]
+    same = [all(torch.equal(policy[name], weights[name]) for name in policy) for weights in kept]
+    assert same == [False, True] and AutoTokenizer.from_pretrained(tmp_path / "step30")
     shutil.copytree(tmp_path, tmp_path / "oracle", ignore=shutil.ignore_patterns("oracle"))
     save_file(policy | head, tmp_path / "oracle" / "model.safetensors", {"format": "pt"})
     run("precompute_rewards.py", "--oracle", tmp_path / "oracle", "--data", lab / "train.jsonl", "--out", tmp_path / "student.pt")
@@ -157,7 +198,11 @@ def test_one_process_and_two_give_the_same_losses(lab, tmp_path, script):
                  *TRAINING, "--learning_rate", 1e-3]
     else:
         flags = align_flags(lab, script, "ensemble.pt" if script == "edpo" else "rewards.pt")
-    run_on_one_and_two([*flags, "--max_steps", 10], tmp_path / "one", tmp_path / "two")
+    # two processes at another ZeRO stage, with gradient checkpointing
+    stage = {"sft.py": 0, "oracle.py": 1, "edpo": 2}[script]
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}, "gradient_clipping": 1.0}))
+    run_on_one_and_two([*flags, "--max_steps", 10], tmp_path / "one", tmp_path / "two",
+                       "--deepspeed_config", tmp_path / "zero.json", "--gradient_checkpointing")
     for key in ("loss", "grad_norm"):
         one, two = read_log(tmp_path / "one", key), read_log(tmp_path / "two", key)
         assert len(one) == 10 and two == pytest.approx(one, rel=1e-4)
@@ -202,11 +247,13 @@ def test_resuming_is_bitwise_the_run_that_was_not_interrupted(lab, tmp_path):
 
 
 @pytest.mark.parametrize("flags, processes, words", [
-    (["--learning_rate", 1e39], 0, "not finite"), (["--learning_rate", 1e-3, "--beta", 3e38], 2, "not finite")])
+    (["--learning_rate", 1e39], 0, ["weights are not finite"]),
+    (["--learning_rate", 1e-3, "--beta", 3e38], 2, ["step 1:", "not finite", "train.jsonl, lines ["])])
 def test_numbers_that_are_not_finite_end_the_run(lab, tmp_path, flags, processes, words):
-    """Weights that overflow at the last step are not saved. Nor is a model whose every step DeepSpeed skipped."""
+    """Weights that overflow at the last step are not saved. A step whose gradient overflows ends the run and is named."""
     error = run(*align_flags(lab, "dpo"), "--max_steps", 1, *flags, "--out", tmp_path, processes=processes, expect=2)
-    assert words in error and not (tmp_path / "model.safetensors").exists()
+    assert error.count("error: ") == 1 and all(word in error for word in words)
+    assert not (tmp_path / "model.safetensors").exists()
     for line in open(tmp_path / "log.jsonl"):
         json.loads(line, parse_constant=pytest.fail)
 

@@ -30,8 +30,11 @@ def byte_level(**special):
 def test_a_pad_token_never_takes_a_word_away(tmp_path):
     end = "<|endoftext|>"
     byte_level(bos_token=end, eos_token=end, unk_token=end).save_pretrained(tmp_path)
-    align.load_tokenizer(tmp_path).save_pretrained(tmp_path)
+    tokenizer, lm = AutoTokenizer.from_pretrained(tmp_path), Namespace(config=Namespace())
+    oracle.set_pad_token(tokenizer, lm)
+    tokenizer.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert lm.config.pad_token_id == tokenizer.pad_token_id
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
     text = "wow! great!!! ünïcode, 漢字"
     assert tokenizer.pad_token_id not in tokenizer(text).input_ids
@@ -50,9 +53,6 @@ def test_text_becomes_tokens_as_the_readme_says():
     assert text(align.encode_prompt(tokenizer, "hi")) == "<|user|>\nhi</s>\n<|assistant|>\n"
     assert text(align.encode_prompt(tokenizer, turns)) == "<|system|>\nbe brief</s>\n<|user|>\nhi</s>\n<|assistant|>\n"
     assert text(align.encode_response(tokenizer, " a b")) == "a b</s>"
-    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
-    with pytest.raises(SystemExit):
-        align.encode_prompt(tokenizer, turns)
 
 
 def plan(row_tokens, **changes):
@@ -168,9 +168,9 @@ def test_the_models_own_decoding_settings_do_not_leak_into_the_sampling(tmp_path
         model.generation_config.repetition_penalty = penalty
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
-        loaded, ends = generate.load_model(tmp_path, torch.device("cpu"), "fp32")
+        _, loaded, ends = generate.load_model(tmp_path, torch.device("cpu"), "fp32")
         assert ends == {tokenizer.eos_token_id}
-        outputs.append(generate.generate(loaded, prompts, 0.0, 0.8, 20, tokenizer.pad_token_id, ends, torch.device("cpu")))
+        outputs.append(generate.generate(loaded, prompts, 0.0, 0.8, 20, ends))
     assert outputs[0] == outputs[1]
     greedy = model.generate(torch.tensor([prompts[0]]), max_new_tokens=20, do_sample=False)[0, len(prompts[0]):].tolist()
     assert greedy[:len(outputs[0][0][0])] != outputs[0][0][0]  # with the penalty the text is another
@@ -189,7 +189,7 @@ def test_sampling_is_top_p_at_a_temperature(tmp_path, top_p):
     nucleus = {token.item(): (p / ordered[:size].sum()).item() for token, p in zip(tokens[:size], ordered)}
     model.generation_config.eos_token_id = None
     torch.manual_seed(0)
-    results = generate.generate(model, [prompt] * 4000, 0.7, top_p, 1, tokenizer.pad_token_id, {tokenizer.eos_token_id}, torch.device("cpu"))
+    results = generate.generate(model, [prompt] * 4000, 0.7, top_p, 1, {tokenizer.eos_token_id})
     first = [ids[0] if ids else tokenizer.eos_token_id for ids, _ in results]
     assert set(first) <= set(nucleus) and len(nucleus) > 1
     for token, p in nucleus.items():

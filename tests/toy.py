@@ -97,6 +97,8 @@ def parse_args():
     flag("--steps", type=int, default=800, help="pretraining steps; 0: random weights")
     flag("--hidden_size", type=int, default=64, help="of the LM, a multiple of 8")
     flag("--layers", type=int, default=2, help="of the LM")
+    flag("--family", choices=["llama", "gpt_neox"], default="llama",
+         help="of the LM; gpt_neox reads pieces of words, by a tokenizer of its own")
     args = parser.parse_args()
     if min(args.pairs, args.sft, args.prompts, args.layers) < 1 or args.steps < 0 or not 0 <= args.flip <= 1:
         fail("--pairs, --sft, --prompts, --layers must be 1 or more, --steps 0 or more, --flip from 0 to 1")
@@ -120,15 +122,15 @@ def main():
 
     import torch
     torch.set_num_threads(1)  # the LM is too small to gain from more
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, args.seed, args.steps, args.hidden_size, args.layers)
+    tokenizer = make_tokenizer(pieces=args.family == "gpt_neox")
+    model = make_model(tokenizer, args.seed, args.steps, args.hidden_size, args.layers, args.family)
     base = f"{args.out}/base"
     shutil.rmtree(f"{base}.partial", ignore_errors=True)
     model.save_pretrained(f"{base}.partial")
     tokenizer.save_pretrained(f"{base}.partial")
     shutil.rmtree(base, ignore_errors=True)
     os.replace(f"{base}.partial", base)
-    print(f"wrote {base}, {model.num_parameters():,} parameters, {len(tokenizer)} words")
+    print(f"wrote {base}, {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
 
 
 # ---- what is true ------------------------------------------------------------------------------------------
@@ -337,9 +339,10 @@ def write_jsonl(path, rows):
 # ---- the base LM -------------------------------------------------------------------------------------------
 
 
-def make_tokenizer():
-    """A word-level tokenizer of every word above, with BOS, EOS and a pad of its own, no chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def make_tokenizer(pieces=False):
+    """A tokenizer of every word above, or of `pieces` of them (BPE), with BOS, EOS and a pad of its own, no
+    chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     texts = ["SUBREDDIT: TITLE: POST: Article: TL;DR:", *SLOT_OF, *PEOPLE, *SUBREDDITS, *TITLES]
     texts += [*POST_FILLER, *ARTICLE_FILLER, *(word for pair in LEGAL for word in pair)]
@@ -349,18 +352,24 @@ def make_tokenizer():
     words = ["<pad>", "<s>", "</s>", "<unk>", *words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if pieces:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        tokenizer.train_from_iterator([*words[4:], "\n"], trainers.BpeTrainer(
+            vocab_size=256, special_tokens=[*words[:4], "TL;DR:"], show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
                                    eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False)
 
 
-def make_model(tokenizer, seed=0, steps=0, hidden_size=64, layers=2, batch_size=48, learning_rate=4e-3):
-    """The tiny Llama, fp32, after `steps` steps (0: random weights) on clean documents that grow longer."""
+def make_model(tokenizer, seed=0, steps=0, hidden_size=64, layers=2, family="llama", batch_size=48,
+               learning_rate=4e-3):
+    """The tiny LM, fp32, after `steps` steps (0: random weights) on clean documents that grow longer."""
     import torch
     from tqdm import tqdm
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
         num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.1,  # from the usual 0.02 it does not learn to copy in the time it has
