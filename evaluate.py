@@ -371,7 +371,7 @@ def ask(args, messages, cache_path, notes):
     sampling = {} if args.judge_temperature is None else {"temperature": args.judge_temperature}
     keys = {text: hashlib.sha256(json.dumps([args.judge, text, sampling]).encode()).hexdigest()
             for text in messages}
-    answers, unclear, errors = {}, [], []  # errors: those since the last answer
+    answers, unclear, failed, in_a_row = {}, [], [], 0
 
     def request(message):
         try:
@@ -412,20 +412,20 @@ def ask(args, messages, cache_path, notes):
                 cache.flush()
             elif answer:
                 unclear.append(answer)
-            if answer:
-                errors = []
-            elif not (isinstance(error, openai.BadRequestError) and answers):  # a content filter refuses some
-                error = str(error or "an empty answer").replace(client.api_key, "[key]")
-                errors.append(" ".join(error.split()))
-            if len(errors) == 10:  # in a row: it is no accident
+            else:
+                error_text = str(error or "an empty answer").replace(client.api_key, "[key]")
+                failed.append(" ".join(error_text.split())[:300])
+            refused = isinstance(error, openai.BadRequestError) and answers  # as by a content filter
+            in_a_row = 0 if answer else in_a_row + (not refused)
+            if in_a_row == 10:  # it is no accident
                 break
-    if len(errors) == 10 or errors and not answers:
-        fail(f"--judge {args.judge}: {len(errors)} requests in a row failed ({errors[-1]:.300}); see to that "
-             f"and run again; {cache_path} keeps what was answered")
-    failed = sum(keys[text] not in answers for text in missing) - len(unclear)
+    if in_a_row == 10 or failed and not answers:
+        fail(f"--judge {args.judge}: {len(failed)} requests failed, {in_a_row} in a row ({failed[-1]}); see to"
+             f" that and run again; {cache_path} keeps what was answered")
     if failed or unclear:
-        notes.append(f"{failed} of {len(keys)} requests got no answer, {len(unclear)} an answer without a "
-                     f"verdict ({''.join(unclear[-1:])!r:.60}); the next run asks them again")
+        notes.append(f"{len(failed)} of {len(keys)} requests got no answer ({''.join(failed[-1:])}), "
+                     f"{len(unclear)} an answer without a verdict ({''.join(unclear[-1:])!r:.60}); the next "
+                     "run asks them again")
     return {text: answers[key] for text, key in keys.items() if key in answers}
 
 
@@ -505,11 +505,10 @@ COLUMNS = {"win rate": ("win_rate", ".3f"), "se": ("standard_error", ".3f"),
            "reward": ("reward", ".3f"), "reward diff.": ("reward_difference", "+.3f"),
            "norm.": ("advantage", "+.2f"), "tokens": ("tokens", ".1f"), "words": ("words", ".1f"),
            "EOS": ("eos", ".2f")}
-LEGEND = """T: sampling temperature (all: pooled). n: responses, or pairs. W/T/L: wins, ties, losses.
-win rate: (W + T/2) / n; se: its standard error; LC: at equal length. flips: share of pairs whose two verdicts
-differ; first: share of verdicts for what stands first. reward diff.: mean reward, policy minus opponent;
-norm.: in standard deviations of the opponent's rewards. tokens, words: mean length; EOS: share of responses
-that ended by themselves; policy / opponent. [low, high]: 95% bootstrap interval over prompts."""
+LEGEND = """W/T/L: wins, ties, losses. se: the win rate's standard error. LC: the win rate at equal length.
+flips: share of pairs whose two verdicts differ. first: share of verdicts for what stands first. norm.: the
+reward difference in standard deviations of the opponent's rewards. [low, high]: 95% bootstrap interval over
+prompts. words, EOS (the share of responses that ended by themselves): of the policy / of the opponent."""
 
 
 def report(policies, comparisons, notes):

@@ -1,4 +1,5 @@
-"""evaluate.py: win rates, intervals, pairs, tables and pictures against known answers. Chat models: test_judge.py."""
+"""evaluate.py: win rates, intervals, pairs, tables and pictures against known answers. test_judge.py has the
+chat models."""
 
 import glob
 import hashlib
@@ -112,7 +113,8 @@ def test_partners_are_of_the_same_prompt_temperature_and_group(tmp_path, capsys)
     inside = figures["us", "them", "set in", 0.2]  # in file order 1 : 1 and 2 : 5
     assert (inside["wins"], inside["ties"], inside["losses"], inside["reward_difference"]) == (0, 1, 1, -1.5)
     assert figures["us", "them", "set out", 0.2]["reward_difference"] == 4.0
-    note = "us against them: 1 of 4 responses are left out: no partner of the same prompt, temperature and group"
+    note = ("us against them: 1 of 4 responses are left out: no partner of the same prompt, temperature and "
+            "group")
     assert held["notes"] == [note] and note in capsys.readouterr().out
 
 
@@ -250,7 +252,8 @@ def test_pictures(tmp_path):
     for name in ("win_rates", "advantages"):
         assert matplotlib.image.imread(tmp_path / f"out/{name}.png").shape[0] > 500
     assert not list((tmp_path / "out").glob("*.partial"))
-    figure = evaluate.plot_by_temperature(held["comparisons"], "advantage", "label", 0, "judge: me; 6 prompts")
+    judge = "judge: me; 6 prompts"
+    figure = evaluate.plot_by_temperature(held["comparisons"], "advantage", "label", 0, judge)
     assert figure.get_supxlabel().endswith("judge: me; 6 prompts")
     assert [axis.get_title() for axis in figure.axes] == [
         f"against {opponent}\nset {k}" for k in (0, 1) for opponent in ("base", "them")]
@@ -266,7 +269,8 @@ def log_lines(folder, *rows):
 
 
 def test_curves(tmp_path, capsys):
-    run = log_lines(tmp_path / "drdo", {"step": 5, "loss": 1.0, "loss/contrastive": 0.5, "logps/chosen": -9.0},
+    run = log_lines(tmp_path / "drdo",
+                    {"step": 5, "loss": 1.0, "loss/contrastive": 0.5, "logps/chosen": -9.0},
                     {"step": 10, "loss": 0.75, "logps/chosen": -8.0, "grad_norm": None},
                     {"step": 10, "eval_loss": 1.25, "eval_rewards/accuracies": 0.625})
     evaluate.main(["--curves", run, "--out", str(tmp_path / "out")])
@@ -283,7 +287,8 @@ def test_curves(tmp_path, capsys):
 
 
 def test_many_runs_can_be_told_apart(tmp_path):
-    runs = [log_lines(tmp_path / f"run{k}", {"step": 1, "loss": k}, {"step": 2, "eval_loss": k}) for k in range(12)]
+    runs = [log_lines(tmp_path / f"run{k}", {"step": 1, "loss": k}, {"step": 2, "eval_loss": k})
+            for k in range(12)]
     axis, = (figure := evaluate.plot_curves(runs)).axes
     held_out = [line for line in axis.lines if line.get_marker() not in ("", "None")]
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in held_out}
@@ -332,7 +337,8 @@ def test_length_controlled_is_the_maximum_of_its_likelihood():
     # sklearn's ridge leaves the intercept alone, too; a tie is a win and a loss of half the weight
     linear_model = pytest.importorskip("sklearn.linear_model")
     model = linear_model.LogisticRegression(C=1.0, tol=1e-10).fit(
-        np.tile(x.numpy(), 2)[:, None], np.repeat([1, 0], 300), sample_weight=np.concatenate([outcomes, 1 - outcomes]))
+        np.tile(x.numpy(), 2)[:, None], np.repeat([1, 0], 300),
+        sample_weight=np.concatenate([outcomes, 1 - outcomes]))
     assert model.predict_proba([[0.0]])[0, 1] == pytest.approx(expected, abs=1e-5)
 
 
@@ -364,7 +370,8 @@ def test_students_stand_in_one_table_and_one_picture(tmp_path):
     for group, gain in ("out/opt-125m", 1.0), ("out/opt-350m", -1.0):
         for policy in ("drdo", "sft"):
             (folder := tmp_path / group / policy).mkdir(parents=True)
-            rows = [row(f"{group}/{policy}", f"p{k}", temperature=t, reference="r") for k in range(3) for t in (0.2, 0.9)]
+            rows = [row(f"{group}/{policy}", f"p{k}", temperature=t, reference="r")
+                    for k in range(3) for t in (0.2, 0.9)]
             won = gain if policy == "drdo" else 0.0
             held = write(folder / "g.jsonl", rows, [[won] * 6], reference=[[0.5] * 6])
             files, rewards = [*files, held[0]], [*rewards, held[1]]
@@ -390,29 +397,31 @@ def test_students_stand_in_one_table_and_one_picture(tmp_path):
     assert drawn == [[1.0, 1.0], [0.0, 0.0]]
 
 
-@pytest.mark.parametrize("taught", [["out/oracle"], ["./out/../out/oracle/"], ["out/other", "ABSOLUTE"], ["out/else"], []])
+@pytest.mark.parametrize("taught", [
+    ["out/oracle"], ["./out/../out/oracle/"], ["out/other", "ABSOLUTE"], ["out/else"], [], None])
 def test_a_judge_that_taught_a_policy_is_named(tmp_path, monkeypatch, taught):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out/drdo").mkdir(parents=True)
     rows = [row(name, "p") for name in ("us", "them")]
     write(tmp_path / "out/drdo/rewards.jsonl", rows, [[1.0, 0.0]], oracles=["out/oracle"])
-    oracles = [str(tmp_path / "out/oracle") if name == "ABSOLUTE" else name for name in taught]
-    (tmp_path / "out/drdo/args.json").write_text(json.dumps({"loss": "drdo", "oracles": oracles}))
+    oracles = [str(tmp_path / "out/oracle") if name == "ABSOLUTE" else name for name in taught or []]
+    (tmp_path / "out/drdo/args.json").write_text(json.dumps({"loss": "drdo", "oracles": taught and oracles}))
     _, held = run(tmp_path, "--generations", "out/drdo/rewards.jsonl")
     notes = [note for note in held["notes"] if "may favour its pupil" in note]
-    assert len(notes) == 2 * (taught not in ([], ["out/else"]))
+    assert len(notes) == 2 * (taught not in ([], None, ["out/else"]))
     assert all(note in (tmp_path / "out/evaluation.md").read_text() for note in notes)
 
 
 # labelled pairs
 
 def test_an_oracle_is_checked_against_labels(tmp_path):
-    pairs = [("a b c", "a"), ("a b c", "a"), ("a", "a b c"), ("a", "a b c"), ("a", "a b c"), ("a b", "c d"), ("x", "y")]
+    pairs = [("a b c", "a")] * 2 + [("a", "a b c")] * 3 + [("a b", "c d"), ("x", "y")]
     rows = [{"prompt": f"p{k}", "chosen": chosen, "rejected": rejected, "tie": k == 6}
             for k, (chosen, rejected) in enumerate(pairs)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    torch.save({"chosen": torch.tensor([[5.0, 5, 5, 0, 1, 3, 0]]), "rejected": torch.ones(1, 7) * 1.0, "oracles": ["one"],
-                "data_sha256": hashlib.sha256((tmp_path / "pairs.jsonl").read_bytes()).hexdigest()}, tmp_path / "r.pt")
+    digest = hashlib.sha256((tmp_path / "pairs.jsonl").read_bytes()).hexdigest()
+    torch.save({"chosen": torch.tensor([[5.0, 5, 5, 0, 1, 3, 0]]), "rejected": torch.ones(1, 7),
+                "oracles": ["one"], "data_sha256": digest}, tmp_path / "r.pt")
     figures, held = run(tmp_path, "--judge_check", tmp_path / "pairs.jsonl", "--rewards", tmp_path / "r.pt")
     figures = {group: figures["chosen", "rejected", group, "-"] for _, _, group, _ in figures}
     assert {group: (r["n"], r["win_rate"]) for group, r in figures.items()} == {
@@ -441,17 +450,18 @@ def test_alpaca_eval_reads_our_outputs_and_we_its_annotations(tmp_path):
         for k, text in enumerate(instructions)])
     evaluate.main(["--generations", data, "--alpaca_eval", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "out_drdo_outputs.json").read_text(encoding="utf-8"))
-    assert rows[1] == {"instruction": instructions[1], "output": "w w", "generator": "out/drdo", "dataset": "koala"}
+    assert rows[1] == {"instruction": instructions[1], "output": "w w", "generator": "out/drdo",
+                       "dataset": "koala"}
     theirs = [{"instruction": text, "output": "v " * 3, "generator": "davinci", "dataset": "koala"}
               for text in reversed(instructions)]
     (tmp_path / "theirs.json").write_text(json.dumps(theirs))
     (tmp_path / "prompt.txt").write_text("{instruction}\n(a) {output_1}\n(b) {output_2}\n")
-    (tmp_path / "configs.yaml").write_text(  # this annotator prefers (a), and the package shuffles which one is (a)
-        f"likes_first: {{prompt_template: {tmp_path}/prompt.txt, fn_completions: test_completions, completions_kwargs: "
-        "{value: (a)}, completion_parser_kwargs: {outputs_to_match: {1: a, 2: b}}}")
+    (tmp_path / "configs.yaml").write_text(  # it prefers (a), and the package shuffles which one is (a)
+        f"likes_first: {{prompt_template: {tmp_path}/prompt.txt, fn_completions: test_completions, "
+        "completions_kwargs: {value: (a)}, completion_parser_kwargs: {outputs_to_match: {1: a, 2: b}}}")
     board, _ = package.evaluate(
-        model_outputs=str(tmp_path / "out_drdo_outputs.json"), reference_outputs=str(tmp_path / "theirs.json"),
-        annotators_config=str(tmp_path / "configs.yaml"), precomputed_leaderboard=None, fn_metric="get_winrate",
+        model_outputs=str(tmp_path / "out_drdo_outputs.json"), annotators_config=str(tmp_path / "configs.yaml"),
+        reference_outputs=str(tmp_path / "theirs.json"), precomputed_leaderboard=None, fn_metric="get_winrate",
         sort_by="win_rate", output_path=str(tmp_path), is_return_instead_of_print=True, caching_path=None)
     figures, held = run(tmp_path, "--annotations", next(tmp_path.rglob("annotations.json")))
     ours, expected = figures["out/drdo", "davinci", "all", "-"], board.loc["out/drdo"]
@@ -461,8 +471,9 @@ def test_alpaca_eval_reads_our_outputs_and_we_its_annotations(tmp_path):
 
 
 def annotations(*preferences):
-    return [{"instruction": "the same", "output_1": "a b", "generator_1": "davinci", "output_2": "c " * (k + 1),
-             "generator_2": "out/drdo", "preference": preference} for k, preference in enumerate(preferences)]
+    return [{"instruction": "the same", "output_1": "a b", "generator_1": "davinci",
+             "output_2": "c " * (k + 1), "generator_2": "out/drdo", "preference": preference}
+            for k, preference in enumerate(preferences)]
 
 
 def test_annotations_as_the_package_counts_them(tmp_path, capsys):
@@ -484,7 +495,7 @@ def test_annotations_as_the_package_counts_them(tmp_path, capsys):
 def test_bad_annotations_and_outputs(tmp_path, capsys):
     for text in ("[{", "[]", '[{"preference": 1}]', '{"a": 1}', json.dumps(annotations("much"))):
         (tmp_path / "a.json").write_text(text)
-        assert "a.json: cannot use it" in refused(capsys, tmp_path, "--annotations", tmp_path / "a.json"), text
+        assert "a.json: cannot use it" in refused(capsys, tmp_path, "--annotations", tmp_path / "a.json")
     data, _ = write(tmp_path / "g.jsonl", [row("us", "p", temperature=t) for t in (0.2, 0.9)])
     assert "one --temperature" in refused(capsys, tmp_path, "--generations", data, "--alpaca_eval")
 
@@ -589,7 +600,8 @@ def test_bad_rewards(tmp_path, capsys):
     for response in (torch.zeros(1, 3), torch.zeros(4), [1.0] * 4, None):
         assert "no `response` rewards of 4 rows" in message(response=response)
     assert "--max_length" in message(response=torch.full((1, 4), NAN))
-    assert "--against nobody: no such `generator`; there are us, them, `reference`" in message(["--against", "nobody"])
+    expected = "--against nobody: no such `generator`; there are us, them, `reference`"
+    assert expected in message(["--against", "nobody"])
     assert "no two responses" in message(["--against", "reference"])
     other, other_rewards = write(tmp_path / "h.jsonl", [row("base", "p1")], [[1.0]], oracles=("other",))
     torch.save(good, rewards)
