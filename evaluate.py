@@ -420,8 +420,8 @@ def ask(args, messages, cache_path, notes):
             if in_a_row == 10:  # it is no accident
                 break
     if in_a_row == 10 or failed and not answers:
-        fail(f"--judge {args.judge}: {len(failed)} requests failed, {in_a_row} in a row ({failed[-1]}); see to"
-             f" that and run again; {cache_path} keeps what was answered")
+        fail(f"--judge {args.judge}: {len(failed)} requests failed, {in_a_row} in a row ({failed[-1]}); "
+             f"see to that and run again; {cache_path} keeps what was answered")
     if failed or unclear:
         notes.append(f"{len(failed)} of {len(keys)} requests got no answer ({''.join(failed[-1:])}), "
                      f"{len(unclear)} an answer without a verdict ({''.join(unclear[-1:])!r:.60}); the next "

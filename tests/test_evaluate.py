@@ -27,7 +27,8 @@ NAN = float("nan")
 @pytest.fixture(autouse=True)
 def quick_pictures(request, monkeypatch):
     """Drawing takes a second a run; test_pictures and test_curves read files that were drawn."""
-    if request.function.__name__ not in ("test_pictures", "test_curves", "test_the_loss_picture_of_the_paper"):
+    drawn = "test_pictures", "test_curves", "test_the_loss_picture_of_the_paper"
+    if request.function.__name__ not in drawn:
         monkeypatch.setattr(evaluate.Figure, "savefig", lambda figure, path, **_: open(path, "w").close())
 
 
@@ -460,9 +461,9 @@ def test_alpaca_eval_reads_our_outputs_and_we_its_annotations(tmp_path):
         f"likes_first: {{prompt_template: {tmp_path}/prompt.txt, fn_completions: test_completions, "
         "completions_kwargs: {value: (a)}, completion_parser_kwargs: {outputs_to_match: {1: a, 2: b}}}")
     board, _ = package.evaluate(
-        model_outputs=str(tmp_path / "out_drdo_outputs.json"), annotators_config=str(tmp_path / "configs.yaml"),
-        reference_outputs=str(tmp_path / "theirs.json"), precomputed_leaderboard=None, fn_metric="get_winrate",
-        sort_by="win_rate", output_path=str(tmp_path), is_return_instead_of_print=True, caching_path=None)
+        model_outputs=str(tmp_path / "out_drdo_outputs.json"), precomputed_leaderboard=None,
+        annotators_config=str(tmp_path / "configs.yaml"), fn_metric="get_winrate",
+        reference_outputs=str(tmp_path / "theirs.json"), sort_by="win_rate", output_path=str(tmp_path), is_return_instead_of_print=True, caching_path=None)
     figures, held = run(tmp_path, "--annotations", next(tmp_path.rglob("annotations.json")))
     ours, expected = figures["out/drdo", "davinci", "all", "-"], board.loc["out/drdo"]
     assert ours["n"] == 6 and 0 < ours["win_rate"] < 1
@@ -512,21 +513,25 @@ def test_the_lines_of_the_paper(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate.bootstrap, "__defaults__", (20, 0))  # resamples: they take most of the time
     lines = re.findall(r"(?:`|^python )evaluate.py (--.*?)(?:`|$)", paper_section(), re.MULTILINE)
-    lines = [subprocess.check_output(["bash", "-c", f"printf '%s\\n' {line}"], text=True).split() for line in lines]
+    lines = [subprocess.check_output(["bash", "-c", f"printf '%s\\n' {line}"], text=True).split()
+             for line in lines]
     assert len(lines) == 9
     rank = {"drdo": 3.0, "edpo": 2.0, "dpo": 1.0, "sft": 0.0}
     for flags in lines:
-        for path in [flag for flag in flags if flag.endswith(("generations.jsonl", "alpaca.jsonl", "t0.7.jsonl"))]:
+        names = "generations.jsonl", "alpaca.jsonl", "t0.7.jsonl"
+        for path in [flag for flag in flags if flag.endswith(names)]:
             folder = os.path.dirname(path)
             os.makedirs(folder, exist_ok=True)
             policy = os.path.basename(folder)
             temperatures = (0.2, 0.9) if "generations" in path else (0.7,)
-            rows = [row(folder, f"p{k}", f"w {policy} {k}", t, reference="gold") for k in range(3) for t in temperatures]
+            rows = [row(folder, f"p{k}", f"w {policy} {k}", t, reference="gold")
+                    for k in range(3) for t in temperatures]
             held = write(tmp_path / path, rows, [[rank[policy]] * len(rows)], reference=[[2.5, 1.5] * 3])
             if "generations" in path:
                 os.replace(held[1], os.path.join(folder, "rewards.pt"))
     for policy in ("drdo", "dpo", "edpo"):
-        log_lines(tmp_path / f"out/opt-1.3b/{policy}", {"step": 200, "loss": 0.5}, {"step": 400, "loss": rank[policy]})
+        log_lines(tmp_path / f"out/opt-1.3b/{policy}", {"step": 200, "loss": 0.5},
+                  {"step": 400, "loss": rank[policy]})
         os.makedirs(f"out/opt-1.3b/{policy}/step400")
         torch.save({"response": torch.ones(1, 2), "reference": torch.zeros(1, 2)},
                    f"out/opt-1.3b/{policy}/step400/rewards.pt")
@@ -534,16 +539,18 @@ def test_the_lines_of_the_paper(tmp_path, monkeypatch):
     labelled = [{"prompt": f"p{k}", "chosen": "w drdo", "rejected": "w"} for k in range(4)]
     (tmp_path / "data/all/validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in labelled))
     digest = hashlib.sha256((tmp_path / "data/all/validation.jsonl").read_bytes()).hexdigest()
-    torch.save({"chosen": torch.tensor([[1.0, 1, 1, 0]]), "rejected": torch.full((1, 4), 0.5), "oracles": ["one"],
-                "data_sha256": digest}, "validation.pt")
+    torch.save({"chosen": torch.tensor([[1.0, 1, 1, 0]]), "rejected": torch.full((1, 4), 0.5),
+                "oracles": ["one"], "data_sha256": digest}, "validation.pt")
     os.makedirs("out/alpaca/judge")
     (tmp_path / "out/alpaca/judge/annotations.json").write_text(json.dumps(annotations(1, 2, 2)))
 
     def answer(args, messages, *_):  # in place of the server, which test_judge.py has
-        return {text: f"Preferred: {'A' if 'drdo' in text.split('<response_B>')[0] else 'B'}" for text in messages}
+        return {text: f"Preferred: {'A' if 'drdo' in text.split('<response_B>')[0] else 'B'}"
+                for text in messages}
     monkeypatch.setattr(evaluate, "ask", answer)
     figures, drawn = {}, {}
-    monkeypatch.setattr(evaluate.Figure, "savefig", lambda figure, path, **_: drawn.update({path: figure}) or open(path, "w"))
+    monkeypatch.setattr(evaluate.Figure, "savefig",
+                        lambda figure, path, **_: drawn.update({path: figure}) or open(path, "w").close())
     for flags in lines:
         flags = [path for flag in flags for path in (glob.glob(flag) or [flag])]
         evaluate.main(flags)
@@ -564,7 +571,8 @@ def test_the_lines_of_the_paper(tmp_path, monkeypatch):
     assert figures["out/oracle_check"]["chosen", "rejected", "all", "-"]["win_rate"] == 0.75
     assert figures["out/alpaca"]["out/drdo", "davinci", "all", "-"]["win_rate"] == pytest.approx(2 / 3)
     assert [r["generator"] for r in json.load(open("out/alpaca/out_dpo_outputs.json"))] == ["out/dpo"] * 3
-    panels = {axis.get_title(): [line.get_xydata().tolist() for line in axis.lines] for axis in drawn["out/figure4/curves.png.partial"].axes}
+    panels = {axis.get_title(): [line.get_xydata().tolist() for line in axis.lines]
+              for axis in drawn["out/figure4/curves.png.partial"].axes}
     assert panels["rewards/sampled"] == [[[400, 1]]] * 3 and panels["loss"][0] == [[200, 0.5], [400, 3]]
 
 

@@ -142,7 +142,8 @@ def test_answers_without_a_verdict_are_counted_and_asked_again(judged, tmp_path)
         assert [figures["us", "them", "all", 0.5][k] for k in ("n", "wins", "ties", "losses")] == [4, 2, 1, 1]
         assert held["notes"] == [
             "0 of 8 requests got no answer (), 1 an answer without a verdict "
-            "('I cannot say; Preferred: A or B'); the next run asks them again", "us against them: 1 pairs are left out: no verdict"]
+            "('I cannot say; Preferred: A or B'); the next run asks them again",
+            "us against them: 1 pairs are left out: no verdict"]
         assert len(judge.prompts) == 8 and "cannot" not in (tmp_path / "out/verdicts.jsonl").read_text()
         judge.decide = longer
         figures, held = judged(judge, PAIRS, "--against", "them")
@@ -180,8 +181,8 @@ def test_refused_requests_do_not_stop_a_judge_that_answers(judged):
         figures, held = judged(judge, PAIRS + many, "--against", "them")
     assert figures["us", "them", "all", 0.5]["n"] == 5
     assert held["notes"] == [
-        "24 of 32 requests got no answer (Error code: 400 - no such luck, Bearer [key]), 0 an answer without a "
-        "verdict (''); the next run asks them again", "us against them: 12 pairs are left out: no verdict"]
+        "24 of 32 requests got no answer (Error code: 400 - no such luck, Bearer [key]), 0 an answer without "
+        "a verdict (''); the next run asks them again", "us against them: 12 pairs are left out: no verdict"]
 
 
 def test_empty_answers_are_asked_again(judged):
