@@ -463,7 +463,8 @@ def test_alpaca_eval_reads_our_outputs_and_we_its_annotations(tmp_path):
     board, _ = package.evaluate(
         model_outputs=str(tmp_path / "out_drdo_outputs.json"), precomputed_leaderboard=None,
         annotators_config=str(tmp_path / "configs.yaml"), fn_metric="get_winrate",
-        reference_outputs=str(tmp_path / "theirs.json"), sort_by="win_rate", output_path=str(tmp_path), is_return_instead_of_print=True, caching_path=None)
+        reference_outputs=str(tmp_path / "theirs.json"), sort_by="win_rate",
+        output_path=str(tmp_path), is_return_instead_of_print=True, caching_path=None)
     figures, held = run(tmp_path, "--annotations", next(tmp_path.rglob("annotations.json")))
     ours, expected = figures["out/drdo", "davinci", "all", "-"], board.loc["out/drdo"]
     assert ours["n"] == 6 and 0 < ours["win_rate"] < 1
