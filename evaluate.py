@@ -259,20 +259,21 @@ def read_rewards(paths, files, responses):
     if not len(files) == len(paths) == len(set(paths)):
         fail(f"--rewards {' '.join(paths)}: {len(files)} files need one each; run precompute_rewards.py with "
              "an --out for each, and name those after --rewards, in order")
+    oracles = []
     for path, (data, sha256) in zip(paths, files.items()):
         mend = f"run precompute_rewards.py --data {data} with an --out of its own"
         held = load_rewards(path, f"{mend}, or give --rewards or another judge")
         if held.get("data_sha256") != sha256:
             fail(f"{path}: it does not score {data} (sha256 {sha256}); keep the files in order, or {mend}")
-        oracles = held["oracles"] if path == paths[0] else oracles
-        if held["oracles"] != oracles:
-            fail(f"{path}: scored by {held['oracles']}, but {paths[0]} by {oracles}; score all by the same")
+        oracles.append(held["oracles"])
+        if oracles[-1] != oracles[0]:
+            fail(f"{path}: scored by {oracles[-1]}, but {paths[0]} by {oracles[0]}; score all by the same")
         for kind, own in responses[responses["file"] == data].groupby("kind"):
             size = own["line"].max()
             if not getattr(held.get(kind), "shape", ())[1:] >= (size,):
                 fail(f"{path}: no `{kind}` rewards of {size} rows; {mend} on rows that carry `{kind}`")
             responses.loc[own.index, "reward"] = held[kind].double().mean(0).numpy()[own["line"] - 1]
-    return oracles
+    return oracles[0]
 
 
 def load_rewards(path, mend):

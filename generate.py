@@ -123,6 +123,7 @@ def load_model(folder, device, dtype):
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
                                                            output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
+        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
     ends = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig()  # a repetition penalty there would sample another policy
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}

@@ -117,6 +117,7 @@ def load_oracle(folder, device, dtype):
             folder, num_labels=1, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
         missing = [*info["missing_keys"], *["score.weight"] * (not hasattr(model, "score"))]
         assert not missing, f"its weights lack {' '.join(missing)}"
+        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
     return tokenizer, model.to(device).eval()
 
 

@@ -299,6 +299,9 @@ def start_run(engine, args):
                 before = state["run"].get(name)
                 if name not in may_change and value != before:
                     fail(f"--resume: {name} was {before} and is now {value}; go on as the run began")
+            for path in glob(f"{saved}/*.pt"):  # DeepSpeed would run any code that lies in them
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+                assert all(name.startswith("deepspeed.") for name in names), f"{path} holds {names}"
             engine.load_checkpoint(*os.path.split(saved))
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
@@ -434,6 +437,7 @@ def load_model(folder):
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
+        assert len(tokenizer) <= lm.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
     lm.get_input_embeddings().padding_idx = None  # it stops a token's gradient; some models pad with EOS
     return tokenizer, lm.train()
 
