@@ -237,7 +237,8 @@ def torment(lab, bar, stage, flags, processes, kills, rng):
         fault("fails when left in peace")
         return report
     remove(run.out)
-    begins = sorted(seen.values()) + [life]
+    begins = [seen[phase] for phase in PHASES if phase in seen and phase != "checkpoint"] + [life]
+    ends = {phase: min(begin for begin in begins if begin > start) for phase, start in seen.items()}
     while report["phases"].total() < kills or has(run.out, stage):
         resume = stage in TRAINERS and bool(glob.glob(f"{run.out}/checkpoint/step*"))
         if stage in TRAINERS and report["phases"].total() == 1 and "refused" not in report:
@@ -251,8 +252,10 @@ def torment(lab, bar, stage, flags, processes, kills, rng):
         if killed:
             aim = rng.choice([phase for phase in PHASES if phase in seen]) if stage in TRAINERS else "import"
             run.watch(until=aim)
-            span = min(begin for begin in begins if begin > seen[aim]) - seen[aim] if stage in TRAINERS else life
-            time.sleep(rng.random() * (min(span, 0.1) if aim in ("checkpoint", "saving") else span))
+            if aim in ("checkpoint", "saving"):  # they last some milliseconds
+                time.sleep(0.1 * rng.random() ** 3)
+            else:
+                time.sleep(rng.random() * (ends[aim] - seen[aim]))
             killed = run.process.poll() is None
         if killed:
             phase = run.phase() if stage in TRAINERS else "any"
