@@ -45,7 +45,7 @@ from tqdm import tqdm
 import toy
 
 TRAINING = ("--data train.jsonl --eval_data validation.jsonl --batch_size 8 --micro_batch_size 2 "
-            "--max_steps 24 --warmup_steps 2 --learning_rate 0.0 --log_steps 1 --eval_steps 9 "
+            "--max_steps 24 --warmup_steps 2 --learning_rate 1e-3 --log_steps 1 --eval_steps 9 "
             "--save_steps 5")
 SFT, TEACH = f"sft.py --model base {TRAINING}", f"oracle.py --model base {TRAINING}"
 ALIGN = f"align.py --model base {TRAINING} --oracle_rewards rewards.pt --loss"
