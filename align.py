@@ -191,6 +191,8 @@ def main():
     dist.barrier()  # with no steps left after --resume another process may still read the checkpoint
     save_model(lm, tokenizer, args.out, score)
     if rank == 0:
+        for path in glob(f"{args.out}/checkpoint/step*/state.pt"):
+            os.remove(path)  # first: what is left of a checkpoint is none without it
         shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
     dist.destroy_process_group()
 
@@ -356,7 +358,7 @@ def load_split(path, rewards_path, tokenizer, args, limit=0):
         assert len(oracle) and scored.any(), "no pair has finite rewards of both responses"
     vars(args).setdefault("oracles", saved.get("oracles"))  # for args.json: who taught the policy
     if dist.get_rank() == 0 and not scored.all():
-        print(f"{path}: {np.sum(~scored)} pairs dropped: too long for an Oracle")
+        print(f"{path}: {np.sum(~scored)} pairs dropped: without finite rewards, as too long for an Oracle")
     pairs.lines, pairs.lengths, pairs.ends = pairs.lines[scored], pairs.lengths[scored], pairs.ends[scored]
     return pairs, oracle[:, scored]
 
@@ -433,7 +435,8 @@ def make_engine(model, optimizer, schedule, args):
         with open(args.deepspeed_config) as file:
             config = json.load(file)
         stage, clipping = config["zero_optimization"]["stage"], float(config.get("gradient_clipping", 0))
-        assert stage in (0, 1, 2) and clipping >= 0, "give ZeRO stage 0, 1 or 2, and no negative clipping"
+        assert stage in (0, 1, 2), f"its ZeRO stage is {stage}; 0, 1 and 2 work"
+        assert clipping >= 0, "its clipping is negative"
         on_gpu = torch.cuda.is_available()
         config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
                    "train_micro_batch_size_per_gpu": args.micro_batch_size,
@@ -459,8 +462,8 @@ def start_run(engine, args):
     files = {f"sha256 of {path}": sha256(path) for path in map(vars(args).get, names) if path}
     run = vars(args) | {"processes": dist.get_world_size()} | files
     state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
-    steps = [name[4:] for name in glob("step*", root_dir=folder)]
-    saved = f"{folder}/step{max(map(int, steps), default=0)}"
+    steps = [int(path.split("/")[0][4:]) for path in glob("step*/state.pt", root_dir=folder)]
+    saved = f"{folder}/step{max(steps, default=0)}"
     if bool(steps) != args.resume:
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
@@ -506,10 +509,12 @@ def log(args, step, window, prefix="", **figures):
 def save_checkpoint(engine, args, state):
     """Writes <out>/checkpoint/step<k> whole or not at all, then deletes the one before it."""
     folder = f"{args.out}/checkpoint"
-    engine.save_checkpoint(folder, tag="partial", save_latest=False)
+    with reading(f"{folder}/partial", "make room, then go on with --resume"):
+        engine.save_checkpoint(folder, tag="partial", save_latest=False)
+        if dist.get_rank() == 0:
+            state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
+            torch.save(state, f"{folder}/partial/state.pt")
     if dist.get_rank() == 0:
-        state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
-        torch.save(state, f"{folder}/partial/state.pt")
         before = glob(f"{folder}/step*")
         os.replace(f"{folder}/partial", f"{folder}/step{state['step']}")
         for path in before:
@@ -523,11 +528,12 @@ def save_model(lm, tokenizer, folder, head=None):
         fail(f"{folder}: the weights are not finite and are not saved; lower --learning_rate")
     if dist.get_rank() == 0:
         partial = f"{folder}/partial"
-        lm.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if head:
-            save_file({"score.weight": head.weight.data}, f"{partial}/score.safetensors")
-        elif os.path.exists(f"{folder}/score.safetensors"):  # an older run's
+        with reading(partial, "make room, then go on with --resume"):
+            lm.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            if head:
+                save_file({"score.weight": head.weight.data}, f"{partial}/score.safetensors")
+        if not head and os.path.exists(f"{folder}/score.safetensors"):  # an older run's
             os.remove(f"{folder}/score.safetensors")
         for name in os.listdir(partial):
             os.replace(f"{partial}/{name}", f"{folder}/{name}")
@@ -636,7 +642,9 @@ def encode_prompt(tokenizer, prompt):
 def encode_response(tokenizer, response):
     """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
     a chat template a response loses its leading space, which parts it from a plain-text prompt."""
-    response = str.removeprefix(response, " " if tokenizer.chat_template else "")
+    if not isinstance(response, str):
+        raise TypeError("a response is no text")
+    response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 

@@ -92,7 +92,8 @@ def main():
         if args.relabel:
             relabel(args.data, rewards, args.relabel)
         extra = {"oracles": args.oracle, "data_sha256": sha256(args.relabel or args.data)}
-        torch.save(rewards | extra, args.out + ".partial")
+        with reading(f"--out {args.out}.partial", "make room and run again"):
+            torch.save(rewards | extra, args.out + ".partial")
         os.replace(args.out + ".partial", args.out)
         scored = torch.stack([rewards[key] for key in keys]).isfinite().all(0).all(0)  # (N,)
         print(f"{args.out}: rewards of {len(scored)} rows by {len(args.oracle)} oracles; NaN for "
@@ -291,7 +292,9 @@ def encode_prompt(tokenizer, prompt):
 def encode_response(tokenizer, response):
     """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
     a chat template a response loses its leading space, which parts it from a plain-text prompt."""
-    response = str.removeprefix(response, " " if tokenizer.chat_template else "")
+    if not isinstance(response, str):
+        raise TypeError("a response is no text")
+    response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 

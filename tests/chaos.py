@@ -1,4 +1,4 @@
-"""Kills the stages with SIGKILL at random moments, goes on as they say, and compares with a run left in peace.
+"""Kills the stages at random moments, goes on as they say, and compares with a run left in peace.
 
     python tests/chaos.py                                     # 30 kills a stage; minutes on two cores
     python tests/chaos.py --stages sft align --kills 100 --seed 1
@@ -32,11 +32,11 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from shutil import rmtree
-from threading import Lock, Thread
+from threading import Thread
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OPENAI_API_KEY": "none"}
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OPENAI_API_KEY": "-"}
 
 import psutil
 import torch
@@ -44,16 +44,18 @@ from tqdm import tqdm
 
 import toy
 
-TRAINING = ("--data train.jsonl --eval_data validation.jsonl --batch_size 8 --micro_batch_size 2 --max_steps 24 "
-            "--warmup_steps 2 --learning_rate 1e-3 --log_steps 1 --eval_steps 9 --save_steps 5")  # epochs of 3 steps
+TRAINING = ("--data train.jsonl --eval_data validation.jsonl --batch_size 8 --micro_batch_size 2 "
+            "--max_steps 24 --warmup_steps 2 --learning_rate 1e-3 --log_steps 1 --eval_steps 9 "
+            "--save_steps 5")
 SFT, TEACH = f"sft.py --model base {TRAINING}", f"oracle.py --model base {TRAINING}"
 ALIGN = f"align.py --model base {TRAINING} --oracle_rewards rewards.pt --loss"
 BF16 = "--dtype bf16"
 RUNS = {  # stage: (its flags, its processes) in turn
     "sft": [(SFT, 1), (SFT, 2), (f"{SFT} --gradient_checkpointing {BF16}", 1)],
     "oracle": [(TEACH, 1), (f"{TEACH} {BF16}", 2), (f"{TEACH} --alpha 0", 1)],
-    "align": [(f"{ALIGN} dpo", 1), (f"{ALIGN} drdo {BF16}", 2), (f"{ALIGN} ipo {BF16}", 1), (f"{ALIGN} edpo", 2),
-              (f"{ALIGN} drdo --student_rewards logps --p_w mean", 1), (f"{ALIGN} drdo --gradient_checkpointing", 1),
+    "align": [(f"{ALIGN} dpo", 1), (f"{ALIGN} drdo {BF16}", 2), (f"{ALIGN} ipo {BF16}", 1),
+              (f"{ALIGN} edpo", 2), (f"{ALIGN} drdo --gradient_checkpointing", 1),
+              (f"{ALIGN} drdo --student_rewards logps --p_w mean", 1),
               (f"{ALIGN} drdo --student_rewards log_ratio --unit_oracle", 1)],
     "generate": [("generate.py --model base --prompts validation.jsonl --max_new_tokens 40 --dtype fp32", 1)],
     "precompute_rewards": [("precompute_rewards.py --oracle oracle oracle --data train.jsonl", 1)],
@@ -66,7 +68,8 @@ WALL_CLOCK = {"tokens_per_second", "peak_memory_gb"}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=RUNS, default=list(RUNS), help="(default: all)")
     parser.add_argument("--kills", type=int, default=30, help="of each training stage; a third of any other")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -78,12 +81,13 @@ def main():
         kills = args.kills if stage in TRAINERS else -(-args.kills // 3)
         for k, (flags, processes) in enumerate(runs):
             share = kills // len(runs) + (k < kills % len(runs))
-            jobs.append((stage, flags if "--dtype" in flags or stage not in TRAINERS else f"{flags} --dtype fp32",
-                         processes, share, random.Random(f"{args.seed} {stage} {k}")))
+            flags += " --dtype fp32" * (stage in TRAINERS and BF16 not in flags)
+            jobs.append((stage, flags, processes, share, random.Random(f"{args.seed} {stage} {k}")))
     with tempfile.TemporaryDirectory() as lab, Judge() as server:
         os.environ["OPENAI_BASE_URL"] = f"http://127.0.0.1:{server.server_port}/v1"
         prepare(lab)
-        with tqdm(total=sum(job[3] for job in jobs), desc="kills", smoothing=0) as bar, ThreadPoolExecutor(2) as pool:
+        total = sum(job[3] for job in jobs)
+        with tqdm(total=total, desc="kills", smoothing=0) as bar, ThreadPoolExecutor(2) as pool:
             jobs.sort(key=lambda job: -job[3] * job[2])
             reports = list(pool.map(lambda job: torment(lab, bar, *job), jobs))
     print("| stage | kills | by phase | most steps lost | slowest end after a rank's death | differences |\n"
@@ -92,9 +96,9 @@ def main():
         mine = [report for report in reports if report["stage"] == stage]
         phases = sum((report["phases"] for report in mine), Counter())
         faults = [fault for report in mine for fault in report["faults"]]
-        print(f"| {stage} | {phases.total()} | {', '.join(f'{name} {n}' for name, n in phases.most_common())} | "
-              f"{max(report['lost'] for report in mine)} | {max(report['slowest'] for report in mine):.0f} s | "
-              f"{len(faults)} |")
+        lost, slowest = (max(report[name] for report in mine) for name in ("lost", "slowest"))
+        by_phase = ", ".join(f"{name} {n}" for name, n in phases.most_common())
+        print(f"| {stage} | {phases.total()} | {by_phase} | {lost} | {slowest:.0f} s | {len(faults)} |")
     faults = [fault for report in reports for fault in report["faults"]]
     print(*faults, sep="\n")
     sys.exit(1 if faults else 0)
@@ -111,11 +115,11 @@ def prepare(lab):
     toy.write_jsonl(f"{lab}/validation.jsonl", toy.make_pairs(12, 2))
     toy.write_jsonl(f"{lab}/raw.jsonl", toy.make_pairs(4000, 3))
     toy.write_jsonl(f"{lab}/generations.jsonl", [
-        {"prompt": f"p{k}", "response": f"{name} {k * k}", "temperature": 0.5, "generator": name, "tokens": 2, "eos": True}
+        {"prompt": f"p{k}", "response": f"{name} {k * k}", "temperature": 0.5, "generator": name}
         for name in ("us", "them") for k in range(60)])
     (Path(lab) / "ds_config.json").write_text((ROOT / "ds_config.json").read_text())
-    subprocess.run([sys.executable, ROOT / "precompute_rewards.py", *"--oracle oracle --data train.jsonl".split()],
-                   cwd=lab, check=True, capture_output=True)
+    score = [sys.executable, ROOT / "precompute_rewards.py", "--oracle", "oracle", "--data", "train.jsonl"]
+    subprocess.run(score, cwd=lab, check=True, capture_output=True)
 
 
 class Judge(ThreadingHTTPServer):
@@ -136,8 +140,9 @@ class JudgeHandler(BaseHTTPRequestHandler):
         message = self.rfile.read(int(self.headers["Content-Length"]))
         time.sleep(0.1)
         answer = "Preferred: " + ("A", "B", "tie")[sum(message) % 3]
-        body = json.dumps({"id": "0", "object": "chat.completion", "created": 0, "model": "toy", "choices": [
-            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]}).encode()
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}
+        body = json.dumps({"id": "0", "object": "chat.completion", "created": 0, "model": "toy",
+                           "choices": [choice]}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -158,9 +163,10 @@ class Run:
         launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", processes, "--master_port", port]
         command = [*(launcher if processes > 1 else [sys.executable]), ROOT / script, *flags, "--out", out,
                    *["--resume"] * resume]
-        self.out, self.screen, self.processes, self.start = Path(lab) / out, f"{lab}/{out}.txt", processes, time.time()
+        self.out, self.screen = Path(lab) / out, f"{lab}/{out}.txt"
+        self.processes, self.start = processes, time.time()
         with open(self.screen, "w") as file:
-            self.process = subprocess.Popen([str(part) for part in command], cwd=lab, stdout=file, stderr=file,
+            self.process = subprocess.Popen(list(map(str, command)), cwd=lab, stdout=file, stderr=file,
                                             start_new_session=True)
 
     def text(self):
@@ -175,7 +181,7 @@ class Run:
 
     def phase(self):
         text = self.text()
-        if self.fresh("partial") or "model, tokenizer" in text:
+        if self.fresh("partial") or re.search("model.* tokenizer.* written", text):
             return "saving"
         if self.fresh("checkpoint/partial"):
             return "checkpoint"
@@ -196,7 +202,8 @@ class Run:
         return seen
 
     def kill(self, rng):
-        """SIGKILL to one rank, after which the launcher must end by itself, or to all. Returns the seconds it took."""
+        """SIGKILL to one rank, after which the launcher must end by itself, or to all. Returns the seconds
+        that it took."""
         start, workers = time.time(), []
         if self.processes > 1 and rng.random() < 0.5:
             workers = [child for child in psutil.Process(self.process.pid).children(recursive=True)
@@ -237,7 +244,8 @@ def torment(lab, bar, stage, flags, processes, kills, rng):
         fault("fails when left in peace")
         return report
     remove(run.out)
-    begins = sorted(seen.values()) + [life]
+    begins = [seen[phase] for phase in PHASES if phase in seen and phase != "checkpoint"] + [life]
+    ends = {phase: min(begin for begin in begins if begin > start) for phase, start in seen.items()}
     while report["phases"].total() < kills or has(run.out, stage):
         resume = stage in TRAINERS and bool(glob.glob(f"{run.out}/checkpoint/step*"))
         if stage in TRAINERS and report["phases"].total() == 1 and "refused" not in report:
@@ -251,8 +259,10 @@ def torment(lab, bar, stage, flags, processes, kills, rng):
         if killed:
             aim = rng.choice([phase for phase in PHASES if phase in seen]) if stage in TRAINERS else "import"
             run.watch(until=aim)
-            span = min(begin for begin in begins if begin > seen[aim]) - seen[aim] if stage in TRAINERS else life
-            time.sleep(rng.random() * (min(span, 0.1) if aim in ("checkpoint", "saving") else span))
+            if aim in ("checkpoint", "saving"):  # they last some milliseconds
+                time.sleep(0.1 * rng.random() ** 3)
+            else:
+                time.sleep(rng.random() * (ends[aim] - seen[aim]))
             killed = run.process.poll() is None
         if killed:
             phase = run.phase() if stage in TRAINERS else "any"
@@ -302,7 +312,7 @@ def result(out, stage):
     for path in files:
         if path.name == "log.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()] if stage in TRAINERS else []
-            held[path.name] = [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
+            held[path.name] = [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
         elif path.name == "verdicts.jsonl":  # in the order of the answers; a kill may have cut a line off
             held[path.name] = sorted(re.findall(r'^{"key": "(\w+)".*}$', path.read_text(), re.MULTILINE))
         elif path.name != "args.json" and not path.name.endswith(".partial"):
@@ -311,7 +321,7 @@ def result(out, stage):
 
 
 def differences(wanted, got, whole=True):
-    """The files that differ, or that are missing where all should be there. A judge's answers come one by one."""
+    """The files that differ, or are missing where all should be there. A judge's answers come one by one."""
     return [name for name in wanted | got if wanted.get(name) != got.get(name)
             and (whole or name in got and name != "verdicts.jsonl")]
 

@@ -227,7 +227,7 @@ CASES = {
                         ["rewards.pt", "run precompute_rewards.py"]),
     "a judge with code in it": (JUDGE, {"out/drdo/rewards.pt": CODE}, ["out/drdo/rewards.pt"]),
     "a judge of NaN": (JUDGE, {"out/drdo/rewards.pt": tensors(response=ZEROS(1, 4) + NAN)},
-                       ["too long", "--max_length"]),
+                       ["no pair is judged", "--max_length"]),
     "a judge of another shape": (JUDGE, {"out/drdo/rewards.pt": tensors(response=ZEROS(4))},
                                  ["out/drdo/rewards.pt", "4 rows"]),
     # ---- model folders
