@@ -3,7 +3,6 @@ reads what the one before it wrote."""
 import hashlib
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -334,48 +333,3 @@ def test_a_chat_templates_answers_to_text_begin_with_a_space(lab, tmp_path):
     answer = tokenizer.decode(output, skip_special_tokens=True)
     responses = [json.loads(line)["response"] for line in open(tmp_path / "generations.jsonl")]
     assert answer and responses == [" " + answer, answer]
-
-
-BAD = {  # what is wrong -> (the row written as line 3, the flags, what the one line must say)
-    "a missing file": (None, ["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
-    "no JSON": ('{"prompt": "a"', [], ["bad.jsonl, line 3", "JSONDecodeError"]),
-    "no chosen": ('{"prompt": "a", "rejected": "b"}', [], ["bad.jsonl, line 3", "'chosen'"]),
-    "every pair too long": ("", ["--max_length", "5"], ["--max_length 5"]),
-    "rewards of other data": ("", ["--loss", "drdo"], ["rewards.pt", "sha256"]),
-    "no rewards": ("", ["--loss", "edpo", "--oracle_rewards", ""], ["--loss edpo", "--oracle_rewards"]),
-    "no model": ("", ["--model", "nowhere"], ["nowhere"]),
-    "no batch": ("", ["--batch_size", "7", "--micro_batch_size", "2"], ["--batch_size 7"]),
-    "two lengths": ("", ["--max_steps", "9", "--epochs", "2"], ["--max_steps", "--epochs"]),
-}
-
-
-def test_bad_input_ends_with_one_line_and_status_2(lab, tmp_path):
-    def end_of(case):
-        line, flags, _ = BAD[case]
-        folder = tmp_path / case.replace(" ", "_")
-        folder.mkdir()
-        rows = (lab / "train.jsonl").read_text().splitlines()[:20]
-        if line:
-            rows[2] = line
-        (folder / "bad.jsonl").write_text("\n".join(rows) + "\n")
-        return run("align.py", "--loss", "dpo", "--model", lab / "sft", "--data", folder / "bad.jsonl", "--eval_data", "",
-                   "--oracle_rewards", lab / "rewards.pt", "--out", folder / "out", *flags, expect=2)
-
-    with ThreadPoolExecutor(2) as pool:
-        errors = dict(zip(BAD, pool.map(end_of, BAD)))
-    for case, error in errors.items():
-        lines = [text for text in error.splitlines() if text.startswith("error: ")]
-        assert len(lines) == 1 and "Traceback" not in error, case
-        assert all(words in lines[0] for words in BAD[case][2]), case
-    for path in (tmp_path / "rewards_of_other_data" / "bad.jsonl", lab / "train.jsonl"):
-        assert hashlib.sha256(path.read_bytes()).hexdigest() in errors["rewards of other data"]
-
-
-def test_the_launcher_passes_the_exit_status_on(tmp_path):
-    error = run("precompute_rewards.py", "--data", tmp_path / "nowhere.jsonl", processes=2, expect=2)
-    assert error.count("error: ") == 1 and "Traceback" not in error
-
-
-def test_a_model_without_a_head_is_no_oracle(lab, tmp_path):
-    error = run("precompute_rewards.py", "--oracle", lab / "sft", "--data", lab / "train.jsonl", "--out", tmp_path / "r.pt", expect=2)
-    assert "score.weight" in error and not (tmp_path / "r.pt").exists()
