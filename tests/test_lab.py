@@ -43,7 +43,7 @@ def test_the_best_length_of_a_seed_is_chosen_on_the_others():
 
 
 def test_the_oracle_is_right_where_it_prefers_the_truly_better_response(tmp_path):
-    cell = {"flip": 0.4, "pairs": 9, "split": "all", "winners": "any", "oracle": "learned"}
+    cell = lab.cell(flip=0.4, pairs=9)
     _, _, data, path = lab.places(tmp_path, cell)
     rows = toy.make_pairs(200, 3, 0.4)
     os.makedirs(os.path.dirname(data))
