@@ -25,10 +25,12 @@ def main():
     modes = {"growth": growth, "startup": startup, "vocabulary": vocabulary}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--modes", nargs="+", default=modes, choices=modes, help="(default: all)")
-    for mode in parser.parse_args().modes:
+    parser.add_argument("--rows", nargs="+", type=int, default=[1_000, 10_000, 100_000], help="of growth")
+    args = parser.parse_args()
+    for mode in args.modes:
         print()
         with tempfile.TemporaryDirectory() as folder:
-            modes[mode](folder)
+            modes[mode](folder, args)
 
 
 # Scoring without its forward passes: they are the model's own cost, linear in tokens.
@@ -39,7 +41,7 @@ precompute_rewards.main()
 """
 
 
-def growth(folder):
+def growth(folder, args):
     """CPU seconds and peak memory of splits.py, precompute_rewards.py and align.py's set-up by rows."""
     raw, data, rewards = f"{folder}/raw.jsonl", f"{folder}/data/all/train.jsonl", f"{folder}/rewards.pt"
     runs = (["splits.py", "--dataset", raw, "--out", f"{folder}/data", "--validation_fraction", 0.001],
@@ -50,14 +52,16 @@ def growth(folder):
     print("| rows | splits.py s, MB | precompute_rewards.py's set-up s, MB | align.py --max_steps 1 s, MB |\n"
           "|---|---|---|---|")
     peaks = []
-    for n in 1_000, 10_000, 100_000:
+    for n in args.rows:
         write_comparisons(raw, n)
         figures = [measure([sys.executable, *run])[1:] for run in runs]
         cells = [f"{seconds:.1f}, {peak:.0f}" for seconds, peak in figures]
         print(f"| {n:,} | {' | '.join(cells)} |", flush=True)
         peaks.append([peak for _, peak in figures])
-    grown = [f"{(last - before) * 1024 / 90_000:.1f}" for before, last in zip(*peaks[1:])]
-    print(f"| KB a row, the last 90,000 | {' | '.join(grown)} |")
+    if len(peaks) > 1:
+        more = args.rows[-1] - args.rows[-2]
+        grown = [f"{(last - before) * 1024 / more:.2f}" for before, last in zip(*peaks[-2:])]
+        print(f"| KB a row, of the last {more:,} | {' | '.join(grown)} |")
 
 
 # Times what align.py calls before it scores the reference, then ends. A nested call counts for itself alone.
@@ -84,7 +88,7 @@ module.main()
 """
 
 
-def startup(folder):
+def startup(folder, _):
     """Seconds by the clock before the first step of align.py, by python and by the launcher, on 1000 rows."""
     make_model(folder)
     write_comparisons(f"{folder}/raw.jsonl", 1000)
@@ -117,7 +121,7 @@ print(inputs / 2**20, (peak() - before) / 2**10, time.process_time() - start)
 """
 
 
-def vocabulary(folder):
+def vocabulary(folder, _):
     """Peak memory and CPU seconds of response_logps, forward and backward, of 2^17 words in fp32."""
     print("| hidden | response tokens | max_logits | inputs MB | peak over them MB, gradients too | CPU s |\n"
           "|---|---|---|---|---|---|")
