@@ -8,6 +8,7 @@ memory are the kernel's figures for that process.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -160,7 +161,13 @@ def make_model(folder):
 
 
 def write_comparisons(path, n):
-    """n raw rows as long as TL;DR's: posts of about 400 words, summaries of about 33."""
+    """n raw rows as long as TL;DR's: posts of about 400 words, summaries of about 33. A process of its own
+    writes them: a program that is started has at least the peak memory of the one that started it."""
+    writer = multiprocessing.Process(target=write_rows, args=(path, n))
+    writer.start(), writer.join()
+
+
+def write_rows(path, n):
     rng, words = random.Random(0), list(toy.SLOT_OF)
     with open(path, "w") as file:
         for row in toy.make_comparisons(n, seed=0):
