@@ -60,7 +60,7 @@ RUNS = {  # stage: (its flags, its processes) in turn
     "generate": [("generate.py --model base --prompts validation.jsonl --max_new_tokens 40 --dtype fp32", 1)],
     "precompute_rewards": [("precompute_rewards.py --oracle oracle oracle --data train.jsonl", 1)],
     "splits": [("splits.py --dataset raw.jsonl --prompts validation.jsonl", 1)],
-    "judge": [("evaluate.py --generations generations.jsonl --judge toy --against them --bootstrap 50", 1)],
+    "judge": [("evaluate.py --generations generations.jsonl --judge toy --against them", 1)],
 }
 TRAINERS = ["sft", "oracle", "align"]
 PHASES = ["import", "set-up", "reference", "steps", "checkpoint", "saving"]
