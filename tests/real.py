@@ -28,7 +28,6 @@ import resource
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ METHODS = {
 DIAL = ["DPO", "e-DPO (Oracle)", lab.RECOMMENDED]  # what the Oracle's quality is tried on
 
 
-def cell(labels=0.0, split="all", oracle="learned", pairs=1280, steps=24, oracle_steps=48, methods=[*METHODS]):
+def cell(labels=0.0, split="all", oracle="learned", pairs=800, steps=16, oracle_steps=40, methods=[*METHODS]):
     """labels: the share that is flipped, or "bt": drawn from Bradley-Terry. oracle: learned from the same
     labels, from "four_times" the pairs and steps, or the "truth". pairs: before splits.py holds out a tenth."""
     return locals()
@@ -75,15 +74,15 @@ CELLS = {
     "clean_all": cell(),
     "noisy_lc_le": cell(0.4, "lc_le"),
     **{f"noisy_{who}": cell(0.4, "lc_le", who, methods=DIAL) for who in ("four_times", "truth")},
-    "pairs_250": cell(pairs=250, steps=14, oracle_steps=14, methods=DIAL),  # one pass
-    "pairs_1000": cell(pairs=1000, steps=56, oracle_steps=56, methods=DIAL),
+    "pairs_200": cell(pairs=200, methods=DIAL),  # for as many steps: the Oracle reads each pair four times
     "bradley_terry": cell("bt"),
-    "noisy_4_epochs": cell(0.4, "lc_le", steps=72),
+    "noisy_4_epochs": cell(0.4, "lc_le", steps=48),
 }
 SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [0, 1, 2], [90], ["clean_all", "noisy_lc_le"]
 BT_SCALE = 4  # Bradley-Terry: P(the better one wins) = sigma(4 x gap of true rewards)
-PROMPTS, SAMPLES, TEST = 240, 4, 64  # training prompts of a seed, responses to each; test prompts a domain
+PROMPTS, SAMPLES, TEST = 160, 4, 64  # training prompts of a seed, responses to each; test prompts a domain
 TOKENS = 40  # of an answer at most
+SYSTEM = "Answer briefly."  # the system message: shorter than the one of SmolLM2's chat template
 SHARED = {"eval_data": "", "save_steps": 0, "batch_size": 16, "micro_batch_size": 16, "dtype": "auto"}
 OPPONENTS = ["start", "DPO", "e-DPO (Oracle)"]
 
@@ -155,14 +154,13 @@ def main():
 
 def train(args, cells, settings):
     """Trains and samples each cell's methods for every seed, with each of settings, {method: [flags]}."""
-    locks, done = {seed: Lock() for seed in args.seeds}, 0
+    done = 0
 
-    def one(job):
+    def one(seed):
         nonlocal done
-        cell, seed = job
-        with locks[seed]:  # a seed's cells share its data and Oracles
-            home = f"{args.out}/seed{seed}"
-            prepare(seed, home, args.model)
+        home = f"{args.out}/seed{seed}"
+        prepare(seed, home, args.model)
+        for cell in cells.values():
             rewards = teach(seed, home, cell, args.model)
             for method, setting in ((m, s) for m in cell["methods"] for s in settings[m]):
                 done += train_policy(seed, home, cell, method, setting, rewards, args.model)
@@ -172,7 +170,7 @@ def train(args, cells, settings):
 
     total = len(args.seeds) * sum(len(settings[m]) for cell in cells.values() for m in cell["methods"])
     with tqdm(total=total, desc="policies", smoothing=0) as bar, ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(one, itertools.product(cells.values(), args.seeds)))
+        list(pool.map(one, args.seeds))
 
 
 def prepare(seed, home, model):
@@ -189,7 +187,8 @@ def prepare(seed, home, model):
 def make_prompts(seed):
     """(prompts about the training topics, about new ones), rows in the seed's order."""
     templates = re.split(r"[|\n]", TEMPLATES)
-    sets = [[{"prompt": template.format(topic), "domain": domain} for topic in re.split(r",\s+", topics)
+    sets = [[{"prompt": [{"role": "system", "content": SYSTEM},
+                         {"role": "user", "content": template.format(topic)}], "domain": domain} for topic in re.split(r",\s+", topics)
              for template in templates] for domain, topics in (("known", TOPICS), ("new", NEW_TOPICS))]
     for rows in sets:
         random.Random(seed).shuffle(rows)
@@ -244,7 +243,7 @@ def make_pairs(seed, home, labels, pairs, world, model, more=False):
     names = ["prompts", "more_prompts"] if more else ["prompts"]
     for name, k in itertools.product(names, range(SAMPLES)):
         stage(generate, f"{home}/samples/{name}_{k}.jsonl", model=model, prompts=f"{home}/{name}.jsonl",
-              seed=1000 * seed + k, temperature=1.0, top_p=0.95, max_new_tokens=TOKENS, micro_batch_size=120)
+              seed=1000 * seed + k, temperature=1.0, top_p=1.0, max_new_tokens=TOKENS, micro_batch_size=120)
     if not os.path.exists(f"{world}/pairs.jsonl"):
         os.makedirs(world, exist_ok=True)
         samples = [sum((read_rows(f"{home}/samples/{name}_{k}.jsonl") for name in names), [])
@@ -304,14 +303,14 @@ def policy_folder(home, cell, method, setting=None):
 def answer(seed, home, out, policy, model):
     """Answers the test prompts at T = 0.7 (generations.jsonl, which wins are counted on), and without any
     change to the distribution (samples.jsonl, for the KL). Writes their log-probs, logps.json."""
-    for name, flags in {"generations": {"temperature": 0.7}, "samples": {"temperature": 1.0, "top_p": 1.0}}.items():
-        stage(generate, f"{out}/{name}.jsonl", model=policy, prompts=f"{home}/test.jsonl", seed=seed,
-              max_new_tokens=TOKENS, micro_batch_size=128, generator=os.path.basename(out), **flags)
+    for name, flags in {"generations": {"temperature": 0.7}, "samples": {"temperature": 1.0, "num_prompts": TEST}}.items():
+        stage(generate, f"{out}/{name}.jsonl", model=policy, prompts=f"{home}/test.jsonl", seed=seed, top_p=1.0,
+              max_new_tokens=TOKENS, micro_batch_size=64, generator=os.path.basename(out), **flags)
     if not os.path.exists(f"{out}/logps.json"):
         process = multiprocessing.get_context("fork").Process(target=write_logps, args=(out, policy, model))
         process.start()
         process.join()
-        if process.exitcode:
+        if not os.path.exists(f"{out}/logps.json"):
             raise RuntimeError(f"no log-probs of {out}")
 
 
@@ -335,6 +334,7 @@ def write_logps(out, policy, model):
             if name == "answers":
                 saved["tokens"] = [len(response) for _, response in examples]
     write_json(f"{out}/logps.json", saved)
+    torch.distributed.destroy_process_group()
 
 
 @torch.no_grad()
