@@ -20,7 +20,6 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -28,6 +27,7 @@ import resource
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -313,12 +313,8 @@ def answer(seed, home, out, policy, model):
         stage(generate, f"{out}/{name}.jsonl", model=policy, prompts=f"{home}/test.jsonl", seed=seed,
               temperature=temperature, top_p=1.0, num_prompts=prompts, max_new_tokens=TOKENS,
               micro_batch_size=64, generator=os.path.basename(out))
-    if not os.path.exists(f"{out}/logps.json"):
-        process = multiprocessing.get_context("fork").Process(target=write_logps, args=(out, policy, model))
-        process.start()
-        process.join()
-        if not os.path.exists(f"{out}/logps.json"):
-            raise RuntimeError(f"{out}: no log-probs")
+    scores = SimpleNamespace(main=lambda: write_logps(out, policy, model), __name__="logps", __file__="")
+    stage(scores, f"{out}/logps.json")
 
 
 def write_logps(out, policy, model):
