@@ -328,20 +328,20 @@ def write_logps(out, policy, model):
         scorer = sft.ResponseModel(lm.to(device), bf16=args.dtype == "bf16")
         for name, rows in {"answers": "generations", who: "samples"}.items():
             if name not in saved:
-                saved[name], lengths = log_probs(scorer, tokenizer, read_rows(f"{out}/{rows}.jsonl"), device)
+                saved[name], lengths = log_probs(scorer, tokenizer, read_rows(f"{out}/{rows}.jsonl"))
                 saved.setdefault("tokens", lengths)  # the answers', which come first
     write_json(f"{out}/logps.json", saved)
     torch.distributed.destroy_process_group()
 
 
 @torch.no_grad()
-def log_probs(scorer, tokenizer, rows, device):
+def log_probs(scorer, tokenizer, rows):
     """(log pi(y|x), number of tokens) of each generated row, two lists. What was cut off has no EOS."""
     prompts = [align.encode_prompt(tokenizer, row["prompt"]) for row in rows]
     responses = [align.encode_response(tokenizer, row["response"])[:None if row["eos"] else -1]
                  for row in rows]
     examples = list(zip(prompts, responses))
-    logps = [scorer(**sft.collate(examples[i:i + 32], tokenizer.pad_token_id, device))
+    logps = [scorer(examples[i:i + 32])
              for i in range(0, len(examples), 32)]
     return torch.cat(logps).tolist(), list(map(len, responses))
 

@@ -69,7 +69,7 @@ def test_log_probs_are_the_models_own_and_a_cut_off_answer_has_no_eos(process_gr
     words = [word for word in tokenizer.get_vocab() if word.isalpha()][:9]
     rows = [{"prompt": " ".join(words[:5]), "response": " " + " ".join(words[i:]), "eos": eos}
             for i, eos in ((2, True), (2, False), (6, True))]
-    logps, tokens = real.log_probs(sft.ResponseModel(lm), tokenizer, rows, "cpu")
+    logps, tokens = real.log_probs(sft.ResponseModel(lm), tokenizer, rows)
     for row, logp, number in zip(rows, logps, tokens):
         prompt = align.encode_prompt(tokenizer, row["prompt"])
         ids = prompt + tokenizer(row["response"], add_special_tokens=False).input_ids
