@@ -1,8 +1,12 @@
-"""Shared by the tests: the scripts are importable, and one process group of one process is there."""
+"""Shared by the tests: the scripts are importable, run as programs, and one process group of one process is there."""
+import multiprocessing.connection
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
+import traceback
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,27 +16,85 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
 
+# programs are forked from a process that has imported the libraries: that takes longer than what they do here
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([
+    "conftest", "deepspeed", "torch._dynamo", "transformers.models.llama.modeling_llama",
+    "transformers.generation.utils", "transformers.models.auto.modeling_auto", "safetensors.torch",
+    "matplotlib.figure", "datasets", "pyarrow.csv", "pyarrow.parquet"])
 
-def run(script, *flags, processes=0, expect=0):
-    """Runs a stage as a user does: by `python`, or by the launcher on so many processes. Returns its standard error.
-    It computes in fp32 unless told otherwise, so that no figure depends on the processor."""
+
+def run(script, *flags, processes=0, expect=0, launcher=False):
+    """Runs a stage on one process, or on several that work together; with `launcher` by DeepSpeed's, as a user
+    does. Returns its standard error. It computes in fp32 unless told otherwise, so that no figure depends on
+    the processor."""
     if script in ("sft.py", "oracle.py", "align.py", "generate.py") and "--dtype" not in flags:
         flags = *flags, "--dtype", "fp32"
-    command = [sys.executable, str(ROOT / script)]
-    if processes:
-        with socket.socket() as free:  # of its own, since two tests may run side by side
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(port),
-                   str(ROOT / script)]
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    done = subprocess.run(command + [str(flag) for flag in flags], capture_output=True, text=True, cwd=ROOT,
-                          env={**alone, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == expect, f"{script} {flags} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stderr
+    command = [script, *map(str, flags)]
+    if launcher:
+        deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes)]
+        done = subprocess.run([*deepspeed, "--master_port", str(free_port()), *command], capture_output=True,
+                              text=True, cwd=ROOT, env={name: value for name, value in os.environ.items()
+                                                        if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")})
+        status, output, errors = done.returncode, done.stdout, done.stderr
+    else:
+        status, output, errors = ends([(ROOT, command)] * max(1, processes))
+    assert status == expect, f"{command} ended with {status}:\n{output[-3000:]}\n{errors[-3000:]}"
+    return errors
+
+
+def free_port():
+    """A port of its own, since two tests may run side by side."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def ends(commands):
+    """Runs commands, (folder, [script, flag, ...]) each, as processes that work together. Like the launcher it
+    ends all of them soon after one has failed. Returns (status, stdout, stderr) of them together."""
+    with tempfile.TemporaryDirectory() as logs:
+        shared = {"WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        processes = [CONTEXT.Process(target=child, args=(
+            f"{logs}/{rank}", *command, shared | {"RANK": rank, "LOCAL_RANK": rank} if len(commands) > 1 else {}))
+            for rank, command in enumerate(commands)]
+        for process in processes:
+            process.start()
+        running, status = list(processes), 0
+        while running and not status:
+            ended = multiprocessing.connection.wait([process.sentinel for process in running], timeout=120)
+            assert ended, f"{commands} take over two minutes"
+            status = max((abs(process.exitcode) for process in running if process.sentinel in ended), default=0)
+            running = [process for process in running if process.sentinel not in ended]
+        for process in running:
+            process.join(1)
+            process.kill()
+            process.join()
+        return status, *("".join(Path(f"{logs}/{rank}.{name}").read_text() for rank in range(len(commands)))
+                         for name in ("out", "err"))
+
+
+def child(log, folder, command, environ):
+    """A stage, as `python stage.py` runs it."""
+    for number, name in enumerate(("out", "err"), 1):
+        with open(f"{log}.{name}", "w") as file:
+            os.dup2(file.fileno(), number)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    os.environ |= {name: str(value) for name, value in environ.items()}
+    sys.argv, status = [str(ROOT / command[0]), *command[1:]], 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ending:
+        status = ending.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
 
 
 @pytest.fixture(scope="session")

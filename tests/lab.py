@@ -45,6 +45,7 @@ import sft
 import splits
 import toy
 from losses import contrastive_loss, distillation_loss, dpo_loss, log1mexp
+from toy import fail
 
 # ---- the study ---------------------------------------------------------------------------------------------
 
@@ -638,12 +639,6 @@ def eq6_terms(folder, data, rewards, seed, pairs=480):
         "... the focal factor's own gradient": -0.1 * focal * (z_w - log1mexp(z_l)).detach(),
         "0.1 x contrastive, mean p_w": 0.1 * contrastive_loss(z_w, z_l, 2.0, z_w / tokens_w - z_l / tokens_l),
         "DPO, beta 0.1, at its start": dpo_loss(z_w, z_l, z_w.detach(), z_l.detach())}
-
-
-def fail(message):
-    """Ends the program on bad input: one line on stderr, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

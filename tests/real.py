@@ -41,16 +41,16 @@ import oracle
 import precompute_rewards
 import sft
 import splits
-from lab import fail, print_row, print_title, read_rows, stage
-from toy import write_jsonl
+from lab import print_row, print_title, read_rows, stage
+from toy import fail, write_jsonl
 
 # ---- the study ---------------------------------------------------------------------------------------------
 
 # Names, flags and whose rewards a method learns are lab.py's. Here are the settings. All methods train for as
-# many steps. --choose tries six settings a method: learning rates and betas, or learning rates alone. The one
+# many steps. --choose tries four settings a method: learning rates and betas, or learning rates alone. The one
 # that wins most against the start by the true reward, on average over CHOOSING_CELLS, is to be used.
-WITH_BETA = [f"--learning_rate {rate} --beta {beta}" for rate in (1e-4, 2e-4) for beta in (0.03, 0.1, 0.3)]
-WITHOUT_BETA = [f"--learning_rate {rate}" for rate in (2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4)]
+WITH_BETA = [f"--learning_rate {rate} --beta {beta}" for rate in (5e-5, 1e-4) for beta in (0.03, 0.1)]
+WITHOUT_BETA = [f"--learning_rate {rate}" for rate in (2e-5, 5e-5, 1e-4, 2e-4)]
 METHODS = {
     "DPO": "--learning_rate 2e-4 --beta 0.1",
     lab.RECOMMENDED: "--learning_rate 2e-4 --beta 0.03",
@@ -78,7 +78,7 @@ CELLS = {
     "bradley_terry": cell("bt"),
     "noisy_4_epochs": cell(0.4, "lc_le", steps=48),
 }
-SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [0, 1, 2], [90], ["clean_all", "noisy_lc_le"]
+SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [0, 1, 2], [90], ["clean_all"]
 PROMPTS, SAMPLES, TEST = 160, 4, 64  # training prompts of a seed, responses to each; test prompts a domain
 TOKENS = 40  # of an answer at most
 ORACLE_STEPS = 40  # four times as many for four times the pairs
@@ -167,7 +167,7 @@ def train(args, cells, settings):
         for cell in cells.values():
             rewards = teach(seed, home, cell, args.model)
             for method, setting in [(m, s) for m in cell["methods"] for s in settings[m]]:
-                done.append(train_policy(seed, home, cell, method, setting, rewards, args.model))
+                done.append(train_policy(seed, home, cell, method, setting, rewards, args))
                 used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
                 bar.set_postfix_str(f"{used / max(1, sum(done)):.0f} CPU seconds each")
                 bar.update()
@@ -280,19 +280,21 @@ def save_truth(data, out):
     torch.save({**truth, "oracles": ["truth"], "data_sha256": sha256}, out)
 
 
-def train_policy(seed, home, cell, method, setting, rewards, model):
-    """Trains, samples and scores one method of a cell. Returns whether it did: what is there stays."""
+def train_policy(seed, home, cell, method, setting, rewards, args):
+    """Trains, samples and scores one method of a cell. Returns whether it did: what is there stays. To choose
+    settings the answers at T = 0.7 are enough."""
     flags, learns, _ = lab.METHODS[method]
     world, data, _ = places(home, cell)
     folder = policy_folder(home, cell, method, setting)
-    if os.path.exists(f"{folder}/rewards.pt"):  # the last that is written
+    if os.path.exists(f"{folder}/{'generations.jsonl' if args.choose else 'rewards.pt'}"):  # the last
         return False
     oracle_flags = {"oracle_rewards": rewards[learns]} if learns else {}
     stage(align if flags else sft, folder, "/model.safetensors", *setting.split(), *flags.split(), **SHARED,
-          **oracle_flags, model=model, data=data, seed=seed, max_steps=cell["steps"])
-    answer(seed, home, folder, folder, model)
-    stage(precompute_rewards, f"{folder}/rewards.pt", oracle=f"{world}/oracle",
-          data=f"{folder}/generations.jsonl", dtype="auto")
+          **oracle_flags, model=args.model, data=data, seed=seed, max_steps=cell["steps"])
+    answer(seed, home, folder, folder, args.model, args.choose)
+    if not args.choose:
+        stage(precompute_rewards, f"{folder}/rewards.pt", oracle=f"{world}/oracle",
+              data=f"{folder}/generations.jsonl", dtype="auto")
     os.remove(f"{folder}/model.safetensors")  # half a gigabyte; the answers and their scores stay
     return True
 
@@ -306,13 +308,15 @@ def policy_folder(home, cell, method, setting=None):
     return f"{places(home, cell)[0]}/{cell['split']}_{who}_{cell['steps']}/{name}"
 
 
-def answer(seed, home, out, policy, model):
+def answer(seed, home, out, policy, model, wins_alone=False):
     """Answers the test prompts at T = 0.7 (generations.jsonl: the wins), half of them at T = 1
     (samples.jsonl: the KL), without top-p: it sorts the vocabulary, slowly. Then their log-probs."""
     for name, temperature, prompts in ("generations", 0.7, 0), ("samples", 1.0, TEST):
         stage(generate, f"{out}/{name}.jsonl", model=policy, prompts=f"{home}/test.jsonl", seed=seed,
               temperature=temperature, top_p=1.0, num_prompts=prompts, max_new_tokens=TOKENS,
               micro_batch_size=64, generator=os.path.basename(out))
+        if wins_alone:
+            return
     scores = SimpleNamespace(main=lambda: write_logps(out, policy, model), __name__="logps", __file__="")
     stage(scores, f"{out}/logps.json")
 
@@ -382,6 +386,11 @@ def distinct_2(texts):
     return len(set(pairs)) / max(1, len(pairs))
 
 
+def true_rewards(folder):
+    """The true rewards of a policy's answers to the test prompts."""
+    return np.array([true_reward(row["response"]) for row in read_rows(f"{folder}/generations.jsonl")])
+
+
 def read(home, cell, method, setting=None):
     """What is known of a policy's answers, {name: array over prompts}; None where the policy is not there."""
     folder = policy_folder(home, cell, method, setting)
@@ -391,7 +400,7 @@ def read(home, cell, method, setting=None):
     rows, samples = read_rows(f"{folder}/generations.jsonl"), read_rows(f"{folder}/samples.jsonl")
     logps = {name: np.array(values) for name, values in read_rows(f"{folder}/logps.json")[0].items()}
     texts = [row["response"] for row in rows]
-    return {"true": np.array([true_reward(text) for text in texts]),
+    return {"true": true_rewards(folder),
             "once": np.array([true_reward(once(text)) for text in texts]),
             "oracle": torch.load(rewards, weights_only=True)["response"][0].numpy(),
             "new": np.array([row["domain"] == "new" for row in rows]),
@@ -501,9 +510,9 @@ def choose(args, cells):
     train(args, cells, settings)
     print_title("method", "setting", "mean", *cells)
     for method in args.methods:
-        rates = {setting: [interval([wins(read(home, cell, method, setting), read(home, cell, "start"))
-                                     for home in args.homes])[0] for cell in cells.values()]
-                 for setting in settings[method]}
+        rates = {setting: [np.mean([wins(*({"true": true_rewards(policy_folder(home, cell, *who))}
+                                           for who in ((method, setting), ("start",)))) for home in args.homes])
+                           for cell in cells.values()] for setting in settings[method]}
         best = max(rates, key=lambda setting: np.mean(rates[setting]))
         for setting, row in rates.items():
             mark = "**" if setting == best else ""

@@ -8,29 +8,19 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing.connection
 import os
 import pickle
 import re
-import runpy
 import shutil
-import socket
-import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, ends, run
 from safetensors.torch import load, save
 
 import toy
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([
-    "deepspeed", "torch._dynamo", "transformers.models.llama.modeling_llama", "transformers.generation.utils",
-    "transformers.models.auto.modeling_auto", "safetensors.torch", "matplotlib.figure", "datasets",
-    "pyarrow.csv", "pyarrow.parquet", "test_bad_input"])
 TRAIN, HELD_OUT, POLICY = "data/all/train.jsonl", "data/all/validation.jsonl", "out/sft"  # the defaults
 ANSWERS = "out/drdo/generations.jsonl"
 RUN = "--eval_data= --batch_size 4 --max_steps 1"
@@ -352,54 +342,10 @@ def lab(tmp_path_factory):
         torch.save({**held, "oracles": ["o"], "data_sha256": sha}, lab / path)
     shutil.copy(ROOT / "ds_config.json", lab)
     (lab / "stopped" / "config.json" / "in_the_way").mkdir(parents=True)
-    status, output, errors = ends(lab, f"{DPO} --max_steps 2 --save_steps 1 --out stopped".split())
+    status, output, errors = ends([(lab, f"{DPO} --max_steps 2 --save_steps 1 --out stopped".split())])
     assert status == 2 and (lab / "stopped/checkpoint/step2").exists(), errors
     shutil.rmtree(lab / "stopped/config.json")
     return lab
-
-
-def ends(folder, *commands):
-    """Runs a command in `folder`, or one on each of several processes that work together, each in its folder.
-    As the launcher does, it ends all soon after the first has ended. Returns (the first's status, stdout,
-    stderr)."""
-    folders = [folder] if isinstance(folder, Path) else folder
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [CONTEXT.Process(target=child, args=(place, command, len(commands) > 1 and {
-        "RANK": rank,
-        "LOCAL_RANK": rank, **shared} or {})) for rank, (place, command) in enumerate(zip(folders, commands))]
-    for process in processes:
-        process.start()
-    first = multiprocessing.connection.wait([process.sentinel for process in processes], timeout=60)
-    for process in processes:
-        process.join(1)
-        process.kill()
-        process.join()
-    status = [process.exitcode for process in processes if process.sentinel in first]
-    return status and status[0], *("".join(Path(f"{place}.{name}").read_text() for place in folders)
-                                   for name in ("out", "err"))
-
-
-def child(folder, command, environ):
-    """A stage, as `python stage.py` runs it; its output goes to files beside the folder."""
-    for number, name in enumerate(("out", "err"), 1):
-        with open(f"{folder}.{name}", "w") as file:
-            os.dup2(file.fileno(), number)
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    os.environ |= {name: str(value) for name, value in environ.items()}
-    sys.argv, status = [str(ROOT / command[0]), *command[1:]], 0
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as ending:
-        status = ending.code or 0
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(status)
 
 
 def contents(folder):
@@ -436,7 +382,7 @@ def messages(errors):
 def test_bad_input(lab, tmp_path, case):
     command, edits, words = CASES[case]
     before = prepare(lab, tmp_path / "here", edits)
-    status, _, errors = ends(tmp_path / "here", command.split())
+    status, _, errors = ends([(tmp_path / "here", command.split())])
     lines = messages(errors)
     assert status == 2 and len(lines) == 1 and "error: " in lines[0], (status, errors[-2000:])
     assert all(word in lines[0] for word in words), lines[0]
@@ -447,7 +393,7 @@ def test_bad_input(lab, tmp_path, case):
 def test_what_is_odd_and_no_fault(lab, tmp_path, case):
     command, edits, words = ACCEPTED[case]
     prepare(lab, tmp_path / "here", edits)
-    status, output, errors = ends(tmp_path / "here", command.split())
+    status, output, errors = ends([(tmp_path / "here", command.split())])
     assert status == 0 and words in output and not messages(errors), (output, errors[-2000:])
 
 
@@ -471,7 +417,7 @@ def test_two_processes_say_it_once(lab, tmp_path, case):
     command, edits, words, who = TOGETHER[case]
     places = [tmp_path / f"here{rank}" for rank in (0, 1)]
     before = [prepare(lab, place, edits if who in ("both", k) else {}) for k, place in enumerate(places)]
-    status, _, errors = ends(places, command.split(), command.split())
+    status, _, errors = ends([(place, command.split()) for place in places])
     lines = [text for text in messages(errors) if "error: " in text]
     assert status == 2 and len(lines) == 1, (status, errors[-2000:])
     assert all(word in lines[0] for word in words), lines[0]
@@ -480,5 +426,5 @@ def test_two_processes_say_it_once(lab, tmp_path, case):
 
 def test_the_launcher_passes_the_line_and_the_status_on(lab):
     error = run("align.py", "--loss", "dpo", "--model", lab / POLICY, "--data", lab / TRAIN, "--eval_data",
-                "", "--out", lab / "out/dpo", "--batch_size", 3, processes=2, expect=2)
+                "", "--out", lab / "out/dpo", "--batch_size", 3, processes=2, launcher=True, expect=2)
     assert error.count("error: ") == 1 and "--batch_size 3" in error and "Traceback" not in error

@@ -273,7 +273,7 @@ def test_bf16_and_zero_2_on_two_processes(lab, tmp_path):
     flags = [*align_flags(lab, "drdo"), "--max_steps", 8, "--save_steps", 4]
     bf16 = [*flags, "--dtype", "bf16"]
     together((run, *flags, "--out", tmp_path / "fp32"), (partial(stop_while_saving, processes=2), bf16, tmp_path / "bf16"))
-    run(*bf16, "--out", tmp_path / "bf16", "--resume", processes=2)
+    run(*bf16, "--out", tmp_path / "bf16", "--resume", processes=2, launcher=True)
     assert json.load(open(tmp_path / "bf16" / "args.json"))["dtype"] == "bf16"
     fp32, bf16 = read_log(tmp_path / "fp32"), read_log(tmp_path / "bf16")
     assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.03)
