@@ -1,4 +1,4 @@
-"""Shared by the tests: the scripts are importable, run as programs, and one process group of one process is there."""
+"""Shared by the tests: scripts are importable and run as programs; one process group of one process is there."""
 import multiprocessing.connection
 import os
 import runpy
@@ -28,8 +28,8 @@ CONTEXT.set_forkserver_preload([
 
 
 def run(script, *flags, processes=0, expect=0, launcher=False):
-    """Runs a stage on one process, or on several that work together; with `launcher` by DeepSpeed's, as a user
-    does. Returns its standard error. It computes in fp32 unless told otherwise, so that no figure depends on
+    """Runs a stage on one process, or on several that work together; with `launcher` by DeepSpeed's, as users
+    do. Returns its standard error. It computes in fp32 unless told otherwise, so that no figure depends on
     the processor."""
     if script in ("sft.py", "oracle.py", "align.py", "generate.py") and "--dtype" not in flags:
         flags = *flags, "--dtype", "fp32"
@@ -54,8 +54,8 @@ def free_port():
 
 
 def ends(commands):
-    """Runs commands, (folder, [script, flag, ...]) each, as processes that work together. Like the launcher it
-    ends all of them soon after one has failed. Returns (status, stdout, stderr) of them together."""
+    """Runs commands, (folder, [script, flag, ...]) each, as processes that work together. Like the launcher,
+    it ends all of them soon after one has failed. Returns (status, stdout, stderr) of them together."""
     with tempfile.TemporaryDirectory() as logs:
         shared = {"WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         processes = [CONTEXT.Process(target=child, args=(

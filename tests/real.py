@@ -47,8 +47,8 @@ from toy import fail, write_jsonl
 # ---- the study ---------------------------------------------------------------------------------------------
 
 # Names, flags and whose rewards a method learns are lab.py's. Here are the settings. All methods train for as
-# many steps. --choose tries four settings a method: learning rates and betas, or learning rates alone. The one
-# that wins most against the start by the true reward, on average over CHOOSING_CELLS, is to be used.
+# many steps. --choose tries four settings a method: learning rates and betas, or learning rates alone. Use the
+# one that wins most against the start by the true reward, on average over CHOOSING_CELLS.
 WITH_BETA = [f"--learning_rate {rate} --beta {beta}" for rate in (5e-5, 1e-4) for beta in (0.03, 0.1)]
 WITHOUT_BETA = [f"--learning_rate {rate}" for rate in (2e-5, 5e-5, 1e-4, 2e-4)]
 METHODS = {
@@ -508,11 +508,13 @@ def choose(args, cells):
     """Runs every setting of every method. Marks the one that wins most against the start."""
     settings = {name: WITH_BETA if "--beta" in setting else WITHOUT_BETA for name, setting in METHODS.items()}
     train(args, cells, settings)
-    print_title("method", "setting", "mean", *cells)
+    print_title("method", "setting", "mean", *(f"{name}, {seed}" for name in cells for seed in args.seeds))
     for method in args.methods:
-        rates = {setting: [np.mean([wins(*({"true": true_rewards(policy_folder(home, cell, *who))}
-                                           for who in ((method, setting), ("start",)))) for home in args.homes])
-                           for cell in cells.values()] for setting in settings[method]}
+        rates = {setting: [] for setting in settings[method]}
+        for setting, cell, home in itertools.product(rates, cells.values(), args.homes):
+            ours, theirs = (true_rewards(policy_folder(home, cell, *which))
+                            for which in ((method, setting), ("start",)))
+            rates[setting].append(wins({"true": ours}, {"true": theirs}).mean())
         best = max(rates, key=lambda setting: np.mean(rates[setting]))
         for setting, row in rates.items():
             mark = "**" if setting == best else ""
