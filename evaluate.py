@@ -14,13 +14,13 @@ In:  generations JSONL (generate.py): prompt, response, temperature, generator, 
      A policy is all rows of one `generator`. The judge is rewards.pt, a function or a chat model.
 Out: tables on stdout; in --out evaluation.json, evaluation.md, win_rates.png, advantages.png, curves.png.
 
-read_responses -> rewards -> pair_responses -> an outcome of each pair -> compare -> report. Our choices:
-- Two responses are a pair if prompt, temperature and group are equal. Several samples of a prompt are paired
-  in file order. The higher reward wins, equal ones tie (Table 2). A tie counts as half a win.
-- Intervals are 95% percentile bootstrap intervals over prompts. All samples and temperatures of a prompt, and
-  both sides of a pair, are drawn together. If all pairs end alike, the interval has no width: too narrow.
-- "Normalised" (Figure 3): the mean reward difference, and its interval, are divided by the standard deviation
-  (population) of the opponent's rewards in the same pairs. The reward's offset and scale do not matter.
+Our choices:
+- Responses of equal prompt, temperature and group are a pair, several samples of a prompt in file order. The
+  higher reward wins, equal ones tie (Table 2). A tie counts as half a win.
+- Intervals are 95% percentile bootstrap intervals over prompts: all pairs of a prompt, of every temperature,
+  are drawn together. If all pairs end alike, the interval has no width: too narrow.
+- "Normalised" (Figure 3): a mean reward difference, and its interval, are divided by the standard deviation
+  (population) of the opponent's rewards in the same pairs.
 - The chat model (Table 1) sees each pair in both orders. Preferred in both is a win, the other in both is a
   loss, all else is a tie. Equal responses tie unasked.
 """
@@ -118,7 +118,9 @@ def main(argv=None):
         pairs = pd.concat([pairs, pairs.assign(group=longer)])
 
     # ---- figures, tables and pictures
-    policies = make_records(responses[responses["kind"] != "reference"], ["policy"], summarise)
+    means = ["reward", "tokens", "words", "eos"]
+    policies = make_records(responses[responses["kind"] != "reference"], ["policy"],
+                            lambda rows: rows.reindex(columns=means).mean().to_dict())
     comparisons = make_records(pairs, ["policy", "opponent"], compare)
     judge = f"judge: {judge}; {pairs['prompt'].nunique()} prompts"
     text = report(policies, comparisons, [judge, *notes])
@@ -128,22 +130,23 @@ def main(argv=None):
               "comparisons": comparisons, "notes": notes}
     result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # JSON has no NaN
     save(out("evaluation.json"), json.dumps(result, indent=1) + "\n")
-    pictures = {"win_rate": ("win_rates.png", "win rate (a tie counts half)", 0.5), "advantage": (
-        "advantages.png", "normalised reward advantage\n(in standard deviations of the opponent's rewards)", 0)}
-    for field, (name, label, level) in pictures.items():
-        if args.generations and field in comparisons[0]:
-            save(out(name), plot_by_temperature(comparisons, field, label, level, judge))
+    if args.generations:
+        label = "win rate (a tie counts half)"
+        save(out("win_rates.png"), plot_by_temperature(comparisons, "win_rate", label, 0.5, judge))
+        if not args.judge:
+            label = "normalised reward advantage\n(in standard deviations of the opponent's rewards)"
+            save(out("advantages.png"), plot_by_temperature(comparisons, "advantage", label, 0, judge))
 
 
 # ---- what is compared
 
 def read_responses(args, notes):
-    """(a table with a row per response, {path: sha256}). `kind` is the response's key in its row."""
-    responses, files = [], {}
+    """(a table with a row per response, {path: sha256})."""
+    responses, files, by = [], {}, args.group_by
+    numbers = ["tokens", "eos", "outcome"]  # of a row, where it has them
     for path in args.generations or args.judge_check or args.annotations:
-        read = read_generations if args.generations else read_labels if args.judge_check else read_annotations
-        for line, kind, row in read(path, args, notes):
-            policy, group, by = row["generator"], "all", args.group_by
+        for line, kind, row in read_rows(path, args, notes):
+            policy, group = row["generator"], "all"
             if by == "folder":
                 folder, policy = os.path.split(policy.rstrip("/"))
                 group = f"folder {folder}"
@@ -151,54 +154,47 @@ def read_responses(args, notes):
                 fail(f"--group_by {by}: {path}, line {line} has no such key, only {', '.join(row)}")
             elif by:
                 group = f"{by} {row[by]}"
-            responses.append({
+            kept = {key: row.get(key) for key in ("generator", "temperature", "response", *numbers)}
+            responses.append(kept | {
                 "file": path, "line": line, "kind": kind, "row": row, "policy": policy, "group": group,
-                "prompt": json.dumps(row["prompt"], sort_keys=True), "words": len(row["response"].split()),
-                **{key: row.get(key) for key in ("generator", "temperature", "response", *NUMBERS)}})
+                "prompt": json.dumps(row["prompt"], sort_keys=True), "words": len(row["response"].split())})
         with open(path, "rb") as file:
             files[path] = hashlib.file_digest(file, "sha256").hexdigest()
     responses = pd.DataFrame(responses)
-    responses[NUMBERS] = responses[NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
+    responses[numbers] = responses[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
     responses.loc[responses["kind"] == "reference", "eos"] = np.nan  # nobody knows
     same = responses.groupby(["generator", "kind", "prompt", "temperature", "group"])
     return responses.assign(sample=same.cumcount()), files
 
 
-NUMBERS = ["tokens", "eos", "outcome"]  # of a row, where it has them
-
-
-# Each reader yields (line, kind, row) of the responses to compare.
-
-def read_generations(path, args, notes):
-    for line, row in enumerate(read_jsonl(path, "prompt", "response", "generator"), 1):
-        if not isinstance(row.get("temperature"), (int, float)):
-            fail(f"{path}, line {line}: no `temperature` number; every row needs one")
-        yield line, "response", row
-        if "reference" in (args.against or []) and isinstance(row.get("reference"), str):
-            yield line, "reference", {**row, "response": row["reference"], "tokens": None, "eos": True}
-
-
-def read_labels(path, args, notes):
-    rows = list(read_jsonl(path, "prompt", "chosen", "rejected"))
-    ties = sum(bool(row.get("tie")) for row in rows)
-    if ties == len(rows):
-        fail(f"{path}: all its pairs are ties; give some with a preferred response")
-    notes.append(f"{ties} of {len(rows)} pairs are ties by their labels, and left out")
-    for line, row in enumerate(rows, 1):
-        for kind in ("chosen", "rejected") if not row.get("tie") else ():
-            yield line, kind, {**row, "response": row[kind], "generator": kind, "temperature": "-"}
-
-
-def read_annotations(path, args, notes):
-    try:  # `preference` is 1 if output_1 wins, 2 if output_2 does, 1.5 or 0 for a tie
-        for line, row in pd.read_json(path, dtype=False).astype({"preference": float}).iterrows():
-            ours = row["preference"] - 1 if row["preference"] else 0.5
-            for number, outcome in (2, ours), (1, 1 - ours):
-                yield line + 1, f"output_{number}", {
-                    "prompt": f"{path}, row {line}", "response": row[f"output_{number}"], "outcome": outcome,
-                    "generator": row[f"generator_{number}"], "temperature": "-"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{path}: cannot use it ({error!r:.100}); name the annotations.json of alpaca_eval")
+def read_rows(path, args, notes):
+    """Yields (line, kind, row) of each response that is compared. `kind` is its key in the file."""
+    if args.generations:
+        for line, row in enumerate(read_jsonl(path, "prompt", "response", "generator"), 1):
+            if not isinstance(row.get("temperature"), (int, float)):
+                fail(f"{path}, line {line}: no `temperature` number; every row needs one")
+            yield line, "response", row
+            if "reference" in (args.against or []) and isinstance(row.get("reference"), str):
+                yield line, "reference", {**row, "response": row["reference"], "tokens": None, "eos": True}
+    elif args.judge_check:
+        rows = list(read_jsonl(path, "prompt", "chosen", "rejected"))
+        ties = sum(bool(row.get("tie")) for row in rows)
+        if ties == len(rows):
+            fail(f"{path}: all its pairs are ties; give some with a preferred response")
+        notes.append(f"{ties} of {len(rows)} pairs are ties by their labels, and left out")
+        for line, row in enumerate(rows, 1):
+            for kind in ("chosen", "rejected") if not row.get("tie") else ():
+                yield line, kind, {**row, "response": row[kind], "generator": kind, "temperature": "-"}
+    else:
+        try:  # `preference` is 1 if output_1 wins, 2 if output_2 does, 1.5 or 0 for a tie
+            for line, row in pd.read_json(path, dtype=False).astype({"preference": float}).iterrows():
+                ours = row["preference"] - 1 if row["preference"] else 0.5
+                for number, outcome in (2, ours), (1, 1 - ours):
+                    yield line + 1, f"output_{number}", {
+                        "prompt": f"{path}, row {line}", "response": row[f"output_{number}"],
+                        "outcome": outcome, "generator": row[f"generator_{number}"], "temperature": "-"}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"{path}: cannot use it ({error!r:.100}); name the annotations.json of alpaca_eval")
 
 
 def pair_responses(responses, opponents, notes):
@@ -357,12 +353,11 @@ def ask(args, messages, cache_path, notes):
     """{message: answer} of those that were answered with a verdict. These go to cache_path as they come, so
     none is paid for twice. The others are counted, and the next run asks them again."""
     import openai
-    key, sampling = os.environ.get("OPENAI_API_KEY"), {}
-    if args.judge_temperature is not None:
-        sampling["temperature"] = args.judge_temperature
+    key = os.environ.get("OPENAI_API_KEY", "no key is set")
+    client = openai.OpenAI(api_key=key, max_retries=3, timeout=120)
+    sampling = {} if args.judge_temperature is None else {"temperature": args.judge_temperature}
     names = {text: hashlib.sha256(json.dumps([args.judge, text, sampling]).encode()).hexdigest()
-             for text in messages}  # of the answers in the cache
-    answers, unclear, failed, in_a_row = {}, [], [], 0
+             for text in messages}  # what the cache calls them
 
     def request(message):
         try:
@@ -372,6 +367,7 @@ def ask(args, messages, cache_path, notes):
         except Exception as error:  # a server that fails may send anything
             return message, "", error
 
+    answers, unclear, failed, in_a_row = {}, [], [], 0
     os.makedirs(os.path.dirname(cache_path) or ".", exist_ok=True)
     with open(cache_path, "a+", encoding="utf-8") as cache, ThreadPool(8) as pool:
         cache.seek(0)
@@ -382,9 +378,6 @@ def ask(args, messages, cache_path, notes):
         cache.write("\n" * bool(lines[-1]))
         missing = [text for text in names if names[text] not in answers]
         print(f"{args.judge}: {len(names)} requests, {len(names) - len(missing)} answered in {cache_path}")
-        if missing and not key:
-            fail("--judge: set OPENAI_API_KEY (and OPENAI_BASE_URL for a server other than OpenAI's)")
-        client = openai.OpenAI(api_key=key or "none is needed", max_retries=3, timeout=120)
         replies = pool.imap_unordered(request, missing)
         for _ in tqdm(missing, args.judge, unit="request"):
             reply = None
@@ -395,8 +388,8 @@ def ask(args, messages, cache_path, notes):
                     tqdm.write(f"{client.base_url} has not answered for {PATIENCE} s", sys.stderr)
             message, answer, error = reply
             if not np.isnan(verdict(answer)):
+                answers[names[message]] = answer
                 held = {"key": names[message], "model": args.judge, "answer": answer}
-                answers[held["key"]] = answer
                 print(json.dumps(held), file=cache, flush=True)
             elif answer:
                 unclear.append(answer)
@@ -407,8 +400,8 @@ def ask(args, messages, cache_path, notes):
             if in_a_row == 10:  # it is no accident
                 break
     if in_a_row == 10 or failed and not answers:
-        fail(f"--judge {args.judge}: {len(failed)} requests failed, {in_a_row} in a row ({failed[-1]}); "
-             f"see to that and run again; {cache_path} keeps what was answered")
+        fail(f"--judge {args.judge}: {len(failed)} requests failed, {in_a_row} in a row ({failed[-1]}); see "
+             f"to that (OPENAI_API_KEY, OPENAI_BASE_URL) and run again; {cache_path} keeps what was answered")
     if failed or unclear:
         notes.append(f"{len(failed)} of {len(names)} requests got no answer ({''.join(failed[-1:])}), "
                      f"{len(unclear)} an answer without a verdict ({''.join(unclear[-1:])!r:.60}); the next "
@@ -422,17 +415,11 @@ def make_records(table, names, figures):
     """A dict for each group and temperature of each policy (and opponent): its names and its figures."""
     records = []
     for name, rows in table.groupby([*names, "group"], sort=False):
-        temperatures = sorted(rows["temperature"].unique())
-        for temperature in temperatures + ["all"] * (len(temperatures) > 1):
-            members = rows[(rows["temperature"] == temperature) | (temperature == "all")]
+        parts = list(rows.groupby("temperature"))
+        for temperature, part in parts + [("all", rows)] * (len(parts) > 1):
             records.append({**dict(zip([*names, "group"], name)), "temperature": temperature,
-                            "n": len(members), **figures(members)})
+                            "n": len(part), **figures(part)})
     return records
-
-
-def summarise(responses):
-    """The mean of each figure where it is known."""
-    return responses.reindex(columns=["reward", "tokens", "words", "eos"]).mean().to_dict()
 
 
 def compare(pairs):
@@ -534,18 +521,18 @@ def plot_by_temperature(comparisons, field, label, level, judge):
     policies, opponents, groups = (list(records[key].unique()) for key in ("policy", "opponent", "group"))
     figure = Figure((max(6, 1 + 3.5 * len(opponents)), 2 + 2.8 * len(groups)), layout="constrained")
     axes = figure.subplots(len(groups), len(opponents), squeeze=False, sharex=True, sharey=True)
-    step = 0.02 * (np.ptp(records["temperature"]) or 1)  # apart, so that no bar hides another
+    apart = 0.02 * (np.ptp(records["temperature"]) or 1)  # so that no bar hides another
     handles = {}
     for (row, column), axis in np.ndenumerate(axes):
-        panel = records[(records["group"] == groups[row]) & (records["opponent"] == opponents[column])]
+        group, opponent = groups[row], opponents[column]
+        panel = records[(records["group"] == group) & (records["opponent"] == opponent)]
         for policy, line in panel.groupby("policy", sort=False):
             k, y = policies.index(policy), line[field].to_numpy()
-            low, high = np.array([*line[field + "_interval"]]).T
-            handles[policy] = axis.errorbar(
-                line["temperature"] + step * (k - (len(policies) - 1) / 2), y,
-                np.maximum([y - low, high - y], 0), capsize=3, **look(k))
+            x = line["temperature"] + apart * (k - (len(policies) - 1) / 2)
+            bars = np.array([*line[field + "_interval"]]).T - y
+            handles[policy] = axis.errorbar(x, y, np.maximum([-bars[0], bars[1]], 0), capsize=3, **look(k))
         axis.axhline(level, color="gray", linestyle="--", linewidth=1)
-        axis.set(title=f"against {opponents[column]}" + f"\n{groups[row]}" * (groups[row] != "all"),
+        axis.set(title=f"against {opponent}" + f"\n{group}" * (group != "all"),
                  xticks=sorted(records["temperature"].unique()))
     figure.supxlabel(f"sampling temperature (bars: 95% bootstrap interval over prompts)\n{judge}")
     figure.supylabel(label, multialignment="center")
