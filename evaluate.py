@@ -436,7 +436,8 @@ def compare(pairs):
     # the pairs of a prompt count as one cluster; with one pair a prompt this is std / sqrt(n), alpaca_eval's
     sums = np.bincount(prompts, outcomes - outcomes.mean())
     record["standard_error"] = np.sqrt((sums ** 2).sum() * len(sums) / max(len(sums) - 1, 1)) / len(outcomes)
-    record["length_controlled"] = length_controlled(outcomes, pairs["words"] - pairs["words_theirs"])
+    rate, interval = length_controlled(outcomes, (pairs["words"] - pairs["words_theirs"]).to_numpy(), prompts)
+    record |= {"length_controlled": rate, "length_controlled_interval": interval}
     if "reward" in pairs:
         scale = pairs["reward_theirs"].std(ddof=0) or np.nan
         record |= {"opponent_std": scale, "advantage": record["reward_difference"] / scale,
@@ -455,12 +456,14 @@ def bootstrap(values, prompts, resamples=2000, seed=0):
     return np.percentile(draws[:, :-1] / draws[:, -1:], [2.5, 97.5], axis=0).T
 
 
-def length_controlled(outcomes, differences):
-    """sigma(a): the win rate at equal length, by a logistic regression as in AlpacaEval 2 (arXiv 2404.04475).
+def length_controlled(outcomes, differences, prompts):
+    """sigma(a), the win rate at equal length, by a logistic regression as in AlpacaEval 2 (arXiv 2404.04475),
+    and its 95% interval [low, high].
 
     P(win) = sigma(a + b tanh(d / s)). d is our words less theirs, s the standard deviation of d. a and b
     maximise the log-likelihood less b^2 / 2. A tie is half a win. AlpacaEval 2 also has a term for the
-    difficulty of an instruction. Where one side is always the longer, this extrapolates.  Args: (n,) each.
+    difficulty of an instruction. Where one side is always the longer, this extrapolates. The interval is
+    sigma(a -+ 1.96 se) by the delta method, the pairs of a prompt one cluster.  Args: (n,) each.
     """
     x = np.column_stack([np.ones(len(outcomes)), np.tanh(differences / (np.std(differences) or 1))])
     weights, penalty = np.zeros(2), np.array([1e-9, 1])  # a, b; 1e-9 for outcomes that are all alike
@@ -469,7 +472,10 @@ def length_controlled(outcomes, differences):
         hessian = x.T @ (x * (p * (1 - p))[:, None]) + np.diag(penalty)
         step = np.linalg.solve(hessian, x.T @ (outcomes - p) - penalty * weights)
         weights += step / max(1, abs(step).max())
-    return 1 / (1 + np.exp(-weights[0]))
+    scores = [np.bincount(prompts, column) for column in x.T * (outcomes - p)]  # (2, prompts)
+    se = np.linalg.norm(np.linalg.solve(hessian, scores)[0])  # of a
+    rate, low, high = 1 / (1 + np.exp(-weights[0] - 1.96 * se * np.array([0, -1, 1])))
+    return rate, [low, high]
 
 
 # ---- tables and pictures
@@ -481,8 +487,9 @@ COLUMNS = {"win rate": ("win_rate", ".3f"), "se": ("standard_error", ".3f"),
            "EOS": ("eos", ".2f")}
 LEGEND = """W/T/L: wins, ties, losses. se: the win rate's standard error. LC: the win rate at equal length.
 flips: share of pairs whose two verdicts differ. first: share of verdicts for what stands first. norm.: the
-reward difference in standard deviations of the opponent's rewards. [low, high]: 95% bootstrap interval over
-prompts. words, EOS (the share of responses that ended by themselves): of the policy / of the opponent."""
+reward difference in standard deviations of the opponent's rewards. words, EOS (the share of responses that
+ended by themselves): of the policy / of the opponent. [low, high]: 95% interval over prompts, by bootstrap;
+of LC by the delta method."""
 
 
 def report(policies, comparisons, notes):
@@ -499,7 +506,7 @@ def report(policies, comparisons, notes):
         for column, (name, form) in COLUMNS.items():
             if name in record:
                 line[column] = show(record[name], form, " / ")
-                if name in ("win_rate", "reward_difference"):
+                if name in ("win_rate", "length_controlled", "reward_difference"):
                     line[column] += f" [{show(record[name + '_interval'], form, ', ')}]"
         title = f"Against {record['opponent']}" if "opponent" in record else "Policies"
         tables.setdefault(title, []).append(line)
