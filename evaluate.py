@@ -158,8 +158,7 @@ def read_responses(args, notes):
             responses.append(kept | {
                 "file": path, "line": line, "kind": kind, "row": row, "policy": policy, "group": group,
                 "prompt": json.dumps(row["prompt"], sort_keys=True), "words": len(row["response"].split())})
-        with open(path, "rb") as file:
-            files[path] = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     responses = pd.DataFrame(responses)
     responses[numbers] = responses[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
     responses.loc[responses["kind"] == "reference", "eos"] = np.nan  # nobody knows
@@ -248,8 +247,8 @@ def read_rewards(paths, files, responses, notes):
     which policies they taught."""
     paths = paths or [os.path.join(os.path.dirname(data), "rewards.pt") for data in files]
     if not len(files) == len(paths) == len(set(paths)):
-        fail(f"--rewards {' '.join(paths)}: {len(files)} files need one each; run precompute_rewards.py with "
-             "an --out for each, and name those after --rewards, in order")
+        fail(f"--rewards {' '.join(paths)}: {len(files)} files need one each, in order; run "
+             "precompute_rewards.py with an --out for each")
     oracles = None
     for path, (data, sha256) in zip(paths, files.items()):
         mend = f"run precompute_rewards.py --data {data} with an --out of its own"
@@ -333,7 +332,7 @@ def judge_pairs(pairs, args, cache_path, notes):
         messages.append((fill(a=ours, b=theirs), fill(a=theirs, b=ours)))
     equal = np.array([ours == theirs for ours, theirs in messages])
     answers = ask(args, [text for both in messages if both[0] != both[1] for text in both], cache_path, notes)
-    first, second = np.array([[verdict(answers.get(text)) for text in both] for both in messages]).T
+    first, second = np.array([[verdict(answers.get(text)) for text in both] for both in messages]).T  # 1: A
     pairs["outcome"] = np.where(equal, 0.5, (np.trunc(first - second) + 1) / 2)
     pairs["first"] = (first + second) / 2
     pairs["flip"] = np.where(pairs["first"].isna(), np.nan, pairs["first"] != 0.5)
@@ -353,7 +352,7 @@ def ask(args, messages, cache_path, notes):
     """{message: answer} of those that were answered with a verdict. These go to cache_path as they come, so
     none is paid for twice. The others are counted, and the next run asks them again."""
     import openai
-    key = os.environ.get("OPENAI_API_KEY", "no key is set")
+    key = os.environ.get("OPENAI_API_KEY") or "no key is set"
     client = openai.OpenAI(api_key=key, max_retries=3, timeout=120)
     sampling = {} if args.judge_temperature is None else {"temperature": args.judge_temperature}
     names = {text: hashlib.sha256(json.dumps([args.judge, text, sampling]).encode()).hexdigest()
@@ -371,11 +370,12 @@ def ask(args, messages, cache_path, notes):
     os.makedirs(os.path.dirname(cache_path) or ".", exist_ok=True)
     with open(cache_path, "a+", encoding="utf-8") as cache, ThreadPool(8) as pool:
         cache.seek(0)
-        for line in (lines := cache.read().split("\n")):
-            with suppress(ValueError):  # the end, or where an earlier run was cut off
+        *lines, rest = cache.read().split("\n")
+        for line in lines:
+            with suppress(ValueError):  # where an earlier run was cut off
                 held = json.loads(line)
                 answers[held["key"]] = held["answer"]
-        cache.write("\n" * bool(lines[-1]))
+        cache.write("\n" if rest else "")
         missing = [text for text in names if names[text] not in answers]
         print(f"{args.judge}: {len(names)} requests, {len(names) - len(missing)} answered in {cache_path}")
         replies = pool.imap_unordered(request, missing)
@@ -594,8 +594,7 @@ def save(path, content):
     """Writes text or a figure whole or not at all."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     if isinstance(content, str):
-        with open(path + ".partial", "w", encoding="utf-8") as file:
-            file.write(content)
+        Path(path + ".partial").write_text(content, encoding="utf-8")
     else:
         content.savefig(path + ".partial", format="png", dpi=150)
     os.replace(path + ".partial", path)

@@ -646,28 +646,3 @@ def test_bad_rewards(tmp_path, capsys):
     with_reference, _ = write(tmp_path / "r.jsonl", [row("us", "p", reference="x")], [[1.0]])
     assert "no `reference` rewards" in refused(capsys, tmp_path, "--generations", with_reference, "--rewards",
                                                tmp_path / "r.pt", "--against", "reference")
-
-
-@pytest.mark.parametrize("flags, line, expected", [
-    ([], None, "--generations --judge_check --annotations --curves is required"),
-    (["--generations", "absent.jsonl"], None, "absent.jsonl: cannot read it"),
-    (["--generations", "g.jsonl"], row("us", "p", temperature="hot"), "g.jsonl, line 1: no `temperature`"),
-    (["--generations", "g.jsonl", "--group_by", "set"], row("us", "p"), "--group_by set: g.jsonl, line 1"),
-    (["--generations", "g.jsonl"], row("us", ["p"]), "g.jsonl, line 1: TypeError"),
-    (["--generations", "g.jsonl", "--judge", "m", "--reward_fn", "f"], row("us", "p"), "not allowed with"),
-])
-def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, flags, line, expected):
-    monkeypatch.chdir(tmp_path)
-    if line:
-        write(tmp_path / "g.jsonl", [line])
-    with pytest.raises(SystemExit) as exit_:
-        evaluate.main(flags)
-    message = capsys.readouterr().err
-    assert exit_.value.code == 2 and message.count("error:") == 1 and expected in message.splitlines()[-1]
-
-
-def test_it_runs_as_a_program(tmp_path):
-    command = [sys.executable, os.path.join(ROOT, "evaluate.py"), "--generations", "absent.jsonl"]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
-    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: absent.jsonl: cannot read it")
