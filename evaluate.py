@@ -14,29 +14,28 @@ In:  generations JSONL (generate.py): prompt, response, temperature, generator, 
      A policy is all rows of one `generator`. The judge is rewards.pt, a function or a chat model.
 Out: tables on stdout; in --out evaluation.json, evaluation.md, win_rates.png, advantages.png, curves.png.
 
-Where the paper leaves a choice:
-- Two responses are a pair if prompt, temperature and group are equal. Several samples of a prompt are paired
-  in file order. The higher reward wins, equal ones tie (Table 2). A tie counts as half a win.
-- Intervals are 95% percentile bootstrap intervals over prompts. All samples and temperatures of a prompt, and
-  both sides of a pair, are drawn together. If all pairs end alike, the interval has no width: too narrow.
-- "Normalised" (Figure 3): the mean reward difference, and its interval, are divided by the standard deviation
-  (population) of the opponent's rewards in the same pairs. The reward's offset and scale do not matter.
-- A length-controlled win rate stands beside every win rate: length_controlled has its equation.
+Our choices:
+- Responses of equal prompt, temperature and group are a pair, several samples of a prompt in file order. The
+  higher reward wins, equal ones tie (Table 2). A tie counts as half a win.
+- Intervals are 95% percentile bootstrap intervals over prompts: all pairs of a prompt, of every temperature,
+  are drawn together. If all pairs end alike, the interval has no width: too narrow.
+- "Normalised" (Figure 3): a mean reward difference, and its interval, are divided by the standard deviation
+  (population) of the opponent's rewards in the same pairs.
 - The chat model (Table 1) sees each pair in both orders. Preferred in both is a win, the other in both is a
-  loss, all else is a tie. Equal responses tie unasked. With --judge_prompt summary it also sees a row's
-  `reference`, unless that is judged.
+  loss, all else is a tie. Equal responses tie unasked.
 """
 import argparse
-import glob
 import hashlib
 import json
 import os
 import re
 import runpy
 import sys
+from contextlib import suppress
 from functools import partial
 from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -46,8 +45,8 @@ from tqdm import tqdm
 
 
 def parse_args(argv):
-    formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what is read, one of")
     flag = group.add_mutually_exclusive_group(required=True).add_argument
     flag("--generations", nargs="+", metavar="FILE", help="JSONL; `generator` names the policy")
@@ -66,11 +65,11 @@ def parse_args(argv):
     flag("--rewards", nargs="+", metavar="FILE", help="one per file that is read, in order")
     flag("--reward_fn", metavar="FILE.py:FUNCTION", help="a row (dict) in, its reward out")
     flag("--judge", metavar="MODEL", help="a chat model at the API that OPENAI_API_KEY and OPENAI_BASE_URL "
-         "name, two requests a pair; OUT/verdicts.jsonl keeps the answers, so that a run that was cut off "
-         "goes on where it was")
-    group.add_argument("--judge_prompt", choices=list(CRITERIA), default="instruction", help="what it judges")
+         "name, two requests a pair; a run that was cut off goes on with the answers in OUT/verdicts.jsonl")
+    group.add_argument("--judge_prompt", choices=list(CRITERIA), default="instruction",
+                       help="what it judges; with a summary it sees the row's `reference` (%(default)s)")
     group.add_argument("--judge_temperature", type=float, help="not given: none is sent")
-    parser.add_argument("--out", default="out/evaluation", help="folder for tables and pictures")
+    parser.add_argument("--out", default="out/evaluation", help="folder to write to (%(default)s)")
     args = parser.parse_args(argv)
     if args.alpaca_eval and not args.generations:
         fail("--alpaca_eval: it writes --generations; name them")
@@ -96,11 +95,10 @@ def main(argv=None):
         judge = f"{args.judge}, {args.judge_prompt} prompt"
     elif args.reward_fn:
         judge, unjudged = args.reward_fn, f"{args.reward_fn} gave NaN"
-        call_reward_fn(args.reward_fn, responses)
+        responses["reward"] = call_reward_fn(args.reward_fn, responses)
     elif not args.annotations:
-        oracles = read_rewards(args.rewards, files, responses)
+        oracles = read_rewards(args.rewards, files, responses, notes)
         judge, unjudged = ", ".join(oracles), "too long for the --max_length of precompute_rewards.py"
-        note_pupils(oracles, responses, notes)
     pairs = pair_responses(responses, ["rejected"] if args.judge_check else args.against, notes)
 
     # ---- who wins: each pair gets an `outcome`, 1 (ours), 0 (theirs), 0.5 (a tie) or NaN (unknown)
@@ -120,7 +118,9 @@ def main(argv=None):
         pairs = pd.concat([pairs, pairs.assign(group=longer)])
 
     # ---- figures, tables and pictures
-    policies = make_records(responses[responses["kind"] != "reference"], ["policy"], summarise)
+    means = ["reward", "tokens", "words", "eos"]
+    policies = make_records(responses[responses["kind"] != "reference"], ["policy"],
+                            lambda rows: rows.reindex(columns=means).mean().to_dict())
     comparisons = make_records(pairs, ["policy", "opponent"], compare)
     judge = f"judge: {judge}; {pairs['prompt'].nunique()} prompts"
     text = report(policies, comparisons, [judge, *notes])
@@ -141,87 +141,76 @@ def main(argv=None):
 # ---- what is compared
 
 def read_responses(args, notes):
-    """(a table with a row per response, {path: sha256}). `kind` is the response's key in its row."""
-    responses, files = [], {}
+    """(a table with a row per response, {path: sha256})."""
+    responses, files, by = [], {}, args.group_by
+    numbers = ["tokens", "eos", "outcome"]  # of a row, where it has them
     for path in args.generations or args.judge_check or args.annotations:
-        read = read_generations if args.generations else read_labels if args.judge_check else read_annotations
-        for line, kind, row in read(path, args, notes):
-            policy, group, by = row["generator"], "all", args.group_by
+        for line, kind, row in read_rows(path, args, notes):
+            policy, group = row["generator"], "all"
             if by == "folder":
                 folder, policy = os.path.split(policy.rstrip("/"))
                 group = f"folder {folder}"
+            elif by and by not in row:
+                fail(f"--group_by {by}: {path}, line {line} has no such key, only {', '.join(row)}")
             elif by:
-                if by not in row:
-                    fail(f"--group_by {by}: {path}, line {line} has no such key, only {', '.join(row)}")
                 group = f"{by} {row[by]}"
-            responses.append({
-                "file": path, "line": line, "kind": kind, "row": row, "generator": row["generator"],
-                "policy": policy, "group": group, "prompt": json.dumps(row["prompt"], sort_keys=True),
-                "temperature": row["temperature"], "text": row["response"],
-                "words": len(row["response"].split()), "tokens": row.get("tokens"),
-                "eos": None if kind == "reference" else row.get("eos"), "outcome": row.get("outcome")})
-        with open(path, "rb") as file:
-            files[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            kept = {key: row.get(key) for key in ("generator", "temperature", "response", *numbers)}
+            responses.append(kept | {
+                "file": path, "line": line, "kind": kind, "row": row, "policy": policy, "group": group,
+                "prompt": json.dumps(row["prompt"], sort_keys=True), "words": len(row["response"].split())})
+        files[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     responses = pd.DataFrame(responses)
-    for name in ("tokens", "eos", "outcome"):
-        responses[name] = pd.to_numeric(responses[name], errors="coerce").astype(float)
+    responses[numbers] = responses[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    responses.loc[responses["kind"] == "reference", "eos"] = np.nan  # nobody knows
     same = responses.groupby(["generator", "kind", "prompt", "temperature", "group"])
     return responses.assign(sample=same.cumcount()), files
 
 
-def read_generations(path, args, notes):
-    """Yields (line, kind, row) of each response and, if they are an opponent, of each reference."""
-    for line, row in enumerate(read_jsonl(path, "prompt", "response", "generator"), 1):
-        if not isinstance(row.get("temperature"), (int, float)):
-            fail(f"{path}, line {line}: no `temperature` number; every row needs one")
-        yield line, "response", row
-        if "reference" in (args.against or []) and isinstance(row.get("reference"), str):
-            yield line, "reference", {**row, "response": row["reference"], "tokens": None, "eos": True}
-
-
-def read_labels(path, args, notes):
-    """Yields (line, kind, row) of both responses of each labelled pair that is no tie."""
-    rows = list(enumerate(read_jsonl(path, "prompt", "chosen", "rejected"), 1))
-    kept = [(line, row) for line, row in rows if not row.get("tie")]
-    if not kept:
-        fail(f"{path}: all its pairs are ties; give some with a preferred response")
-    notes.append(f"{len(rows) - len(kept)} of {len(rows)} pairs are ties by their labels, and left out")
-    for line, row in kept:
-        for kind in ("chosen", "rejected"):
-            yield line, kind, {**row, "response": row[kind], "generator": kind, "temperature": "-"}
-
-
-def read_annotations(path, args, notes):
-    """Yields (line, kind, row) of both outputs of each row of alpaca_eval. Its `preference` is 1 if output_1
-    wins, 2 if output_2 does, 1.5 or 0 for a tie."""
-    try:
-        rows = pd.read_json(path, dtype=False).astype({"preference": float}).replace({"preference": {0: 1.5}})
-        for line, row in rows.iterrows():
-            ours = row["preference"] - 1 if 1 <= row["preference"] <= 2 else np.nan
-            for number, outcome in (2, ours), (1, 1 - ours):
-                yield line + 1, f"output_{number}", {
-                    "prompt": f"{path}, row {line}", "response": row[f"output_{number}"], "outcome": outcome,
-                    "generator": row[f"generator_{number}"], "temperature": "-"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{path}: cannot use it ({error!r:.100}); name the annotations.json of alpaca_eval")
+def read_rows(path, args, notes):
+    """Yields (line, kind, row) of each response that is compared. `kind` is its key in the file."""
+    if args.generations:
+        for line, row in enumerate(read_jsonl(path, "prompt", "response", "generator"), 1):
+            if not isinstance(row.get("temperature"), (int, float)):
+                fail(f"{path}, line {line}: no `temperature` number; every row needs one")
+            yield line, "response", row
+            if "reference" in (args.against or []) and isinstance(row.get("reference"), str):
+                yield line, "reference", {**row, "response": row["reference"], "tokens": None, "eos": True}
+    elif args.judge_check:
+        rows = list(read_jsonl(path, "prompt", "chosen", "rejected"))
+        ties = sum(bool(row.get("tie")) for row in rows)
+        if ties == len(rows):
+            fail(f"{path}: all its pairs are ties; give some with a preferred response")
+        notes.append(f"{ties} of {len(rows)} pairs are ties by their labels, and left out")
+        for line, row in enumerate(rows, 1):
+            for kind in ("chosen", "rejected") if not row.get("tie") else ():
+                yield line, kind, {**row, "response": row[kind], "generator": kind, "temperature": "-"}
+    else:
+        try:  # `preference` is 1 if output_1 wins, 2 if output_2 does, 1.5 or 0 for a tie
+            for line, row in pd.read_json(path, dtype=False).astype({"preference": float}).iterrows():
+                ours = row["preference"] - 1 if row["preference"] else 0.5
+                for number, outcome in (2, ours), (1, 1 - ours):
+                    yield line + 1, f"output_{number}", {
+                        "prompt": f"{path}, row {line}", "response": row[f"output_{number}"],
+                        "outcome": outcome, "generator": row[f"generator_{number}"], "temperature": "-"}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"{path}: cannot use it ({error!r:.100}); name the annotations.json of alpaca_eval")
 
 
 def pair_responses(responses, opponents, notes):
     """A table of pairs: our columns, and those of the opponent with _theirs behind their names."""
-    policies, generators = responses["policy"].unique(), responses["generator"].unique()
-    reference, tables = responses["kind"] == "reference", []
+    generated, tables = responses[responses["kind"] != "reference"], []
+    policies = list(generated["policy"].unique())
     for opponent in dict.fromkeys(opponents or policies):
-        if opponent == "reference":
-            theirs, same = reference, ["generator"]  # it meets the policy of its own row
+        if opponent == "reference":  # it meets the policy of its own row
+            theirs, same = responses.drop(generated.index), ["generator"]
         elif opponent in policies:
-            theirs, same = ~reference & (responses["policy"] == opponent), ["group"]
-        elif opponent in generators:  # with --group_by folder, one that meets all groups
-            theirs, same = ~reference & (responses["generator"] == opponent), []
-        else:
+            theirs, same = generated[generated["policy"] == opponent], ["group"]
+        else:  # with --group_by folder: a generator that meets all groups
+            theirs, same = generated[generated["generator"] == opponent], []
+        if opponent != "reference" and theirs.empty:
             fail(f"--against {opponent}: no such `generator`; there are {', '.join(policies)}, `reference`")
-        ours = responses[~reference & ~theirs]
-        met = ours.merge(responses[theirs], on=["prompt", "temperature", "sample", *same],
-                         suffixes=("", "_theirs"))
+        ours = generated.drop(theirs.index, errors="ignore")
+        met = ours.merge(theirs, on=["prompt", "temperature", "sample", *same], suffixes=("", "_theirs"))
         for policy, own in ours.groupby("policy", sort=False):
             if alone := len(own) - (met["policy"] == policy).sum():
                 notes.append(f"{policy} against {opponent}: {alone} of {len(own)} responses are left out: no "
@@ -253,27 +242,33 @@ def as_text(prompt):
 
 # ---- who wins
 
-def read_rewards(paths, files, responses):
-    """Adds the column `reward`, the mean over oracles (NaN if one is). Returns the oracles' names."""
+def read_rewards(paths, files, responses, notes):
+    """Adds the column `reward`, the mean over oracles (NaN if one is). Returns the oracles' names, and notes
+    which policies they taught."""
     paths = paths or [os.path.join(os.path.dirname(data), "rewards.pt") for data in files]
     if not len(files) == len(paths) == len(set(paths)):
-        fail(f"--rewards {' '.join(paths)}: {len(files)} files need one each; run precompute_rewards.py with "
-             "an --out for each, and name those after --rewards, in order")
-    oracles = []
+        fail(f"--rewards {' '.join(paths)}: {len(files)} files need one each, in order; run "
+             "precompute_rewards.py with an --out for each")
+    oracles = None
     for path, (data, sha256) in zip(paths, files.items()):
         mend = f"run precompute_rewards.py --data {data} with an --out of its own"
         held = load_rewards(path, f"{mend}, or give --rewards or another judge")
         if held.get("data_sha256") != sha256:
             fail(f"{path}: it does not score {data} (sha256 {sha256}); keep the files in order, or {mend}")
-        oracles.append(held["oracles"])
-        if oracles[-1] != oracles[0]:
-            fail(f"{path}: scored by {oracles[-1]}, but {paths[0]} by {oracles[0]}; score all by the same")
+        oracles = oracles or held["oracles"]
+        if held["oracles"] != oracles:
+            fail(f"{path}: scored by {held['oracles']}, but {paths[0]} by {oracles}; score all by the same")
         for kind, own in responses[responses["file"] == data].groupby("kind"):
             size = own["line"].max()
             if not getattr(held.get(kind), "shape", ())[1:] >= (size,):
                 fail(f"{path}: no `{kind}` rewards of {size} rows; {mend} on rows that carry `{kind}`")
             responses.loc[own.index, "reward"] = held[kind].double().mean(0).numpy()[own["line"] - 1]
-    return oracles[0]
+    for generator, data in dict.fromkeys(zip(responses["generator"], responses["file"])):
+        path = Path(generator if os.path.isdir(generator) else os.path.dirname(data), "args.json")
+        teachers = json.loads(path.read_text(encoding="utf-8")).get("oracles") if path.exists() else None
+        if {*map(os.path.realpath, teachers or [])} & {*map(os.path.realpath, oracles)}:
+            notes.append(f"the judge {', '.join(oracles)} taught {generator}: it may favour its pupil")
+    return oracles
 
 
 def load_rewards(path, mend):
@@ -285,19 +280,8 @@ def load_rewards(path, mend):
         fail(f"{path}: cannot read it ({error!r:.100}); {mend}")
 
 
-def note_pupils(oracles, responses, notes):
-    """Notes which policies the judge has taught: align.py names their Oracles in args.json."""
-    for generator, data in dict.fromkeys(zip(responses["generator"], responses["file"])):
-        path = os.path.join(generator if os.path.isdir(generator) else os.path.dirname(data), "args.json")
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                teachers = json.load(file).get("oracles") or []
-            if {*map(os.path.realpath, teachers)} & {*map(os.path.realpath, oracles)}:
-                notes.append(f"the judge {', '.join(oracles)} taught {generator}: it may favour its pupil")
-
-
 def call_reward_fn(spec, responses):
-    """Adds the column `reward` by `FILE.py:function`: a row (dict) in, a number out, NaN for unknown."""
+    """Rewards (n,) by `FILE.py:FUNCTION`: a row (dict) in, a number out, NaN for unknown."""
     path, _, name = spec.rpartition(":")
     place, rewards = "cannot load it", []
     try:
@@ -307,7 +291,7 @@ def call_reward_fn(spec, responses):
             rewards.append(0.0 + function(dict(response.row)))  # a TypeError if it is no number
     except Exception as error:
         fail(f"--reward_fn {spec}: {place} ({error!r}); write FILE.py:FUNCTION that returns a number")
-    responses["reward"] = np.array(rewards, float)
+    return np.array(rewards, float)
 
 
 CRITERIA = {"summary": """Two summaries, A and B, answer the same prompt. Which is better? Judge by
@@ -337,22 +321,21 @@ Preferred: tie"""
 def judge_pairs(pairs, args, cache_path, notes):
     """Adds `outcome` by the chat model, which sees a pair in both orders. Adds `flip`, whether its verdicts
     differ, and `first`, the share of them that prefers what stands first. Equal responses have neither."""
-    messages = []  # of each pair: ours is A, ours is B
+    messages = []  # of each pair two: ours is A, ours is B
     for pair in pairs.itertuples():
-        ours, theirs = pair.text.strip(), pair.text_theirs.strip()
+        ours, theirs = pair.response.strip(), pair.response_theirs.strip()
         reference = pair.row.get("reference") if args.judge_prompt == "summary" else None
         shown = isinstance(reference, str) and pair.kind_theirs != "reference"
         fill = partial(JUDGE_PROMPT.format, criteria=CRITERIA[args.judge_prompt],
                        prompt=as_text(pair.row["prompt"]),
                        reference=f"<reference>\n{reference.strip()}\n</reference>\n" if shown else "")
-        messages.append([fill(a=ours, b=theirs), fill(a=theirs, b=ours)] if ours != theirs else [])
-    answers = ask(args, [text for both in messages for text in both], cache_path, notes)
-    verdicts = [[verdict(answers.get(text)) for text in both] or [np.nan, np.nan] for both in messages]
-    first, second = np.array(verdicts).T  # 1 where A is preferred, 0 where B is
-    score = np.where([not both for both in messages], 0.5, (first + 1 - second) / 2)
-    pairs["outcome"] = np.where((0 < score) & (score < 1), 0.5, score)
+        messages.append((fill(a=ours, b=theirs), fill(a=theirs, b=ours)))
+    equal = np.array([ours == theirs for ours, theirs in messages])
+    answers = ask(args, [text for both in messages if both[0] != both[1] for text in both], cache_path, notes)
+    first, second = np.array([[verdict(answers.get(text)) for text in both] for both in messages]).T  # 1: A
+    pairs["outcome"] = np.where(equal, 0.5, (np.trunc(first - second) + 1) / 2)
     pairs["first"] = (first + second) / 2
-    pairs["flip"] = np.where(pairs["first"].isna(), np.nan, first + second != 1)
+    pairs["flip"] = np.where(pairs["first"].isna(), np.nan, pairs["first"] != 0.5)
 
 
 def verdict(answer):
@@ -369,35 +352,32 @@ def ask(args, messages, cache_path, notes):
     """{message: answer} of those that were answered with a verdict. These go to cache_path as they come, so
     none is paid for twice. The others are counted, and the next run asks them again."""
     import openai
+    key = os.environ.get("OPENAI_API_KEY") or "no key is set"
+    client = openai.OpenAI(api_key=key, max_retries=3, timeout=120)
     sampling = {} if args.judge_temperature is None else {"temperature": args.judge_temperature}
-    keys = {text: hashlib.sha256(json.dumps([args.judge, text, sampling]).encode()).hexdigest()
-            for text in messages}
-    answers, unclear, failed, in_a_row = {}, [], [], 0
+    names = {text: hashlib.sha256(json.dumps([args.judge, text, sampling]).encode()).hexdigest()
+             for text in messages}  # what the cache calls them
 
     def request(message):
         try:
             chat = [{"role": "user", "content": message}]
             reply = client.chat.completions.create(model=args.judge, messages=chat, **sampling)
-            return message, reply.choices[0].message.content or "", None
-        except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
+            return message, reply.choices[0].message.content or "", "an empty answer"
+        except Exception as error:  # a server that fails may send anything
             return message, "", error
 
+    answers, unclear, failed, in_a_row = {}, [], [], 0
     os.makedirs(os.path.dirname(cache_path) or ".", exist_ok=True)
     with open(cache_path, "a+", encoding="utf-8") as cache, ThreadPool(8) as pool:
         cache.seek(0)
-        for line in (lines := cache.read().split("\n")):
-            try:
+        *lines, rest = cache.read().split("\n")
+        for line in lines:
+            with suppress(ValueError):  # where an earlier run was cut off
                 held = json.loads(line)
                 answers[held["key"]] = held["answer"]
-            except (ValueError, KeyError, TypeError):
-                pass  # the end, or where an earlier run was cut off
-        cache.write("\n" * bool(lines[-1]))
-        missing = [text for text in keys if keys[text] not in answers]
-        print(f"{args.judge}: {len(keys)} requests, {len(keys) - len(missing)} answered in {cache_path}")
-        try:
-            client = openai.OpenAI(max_retries=3, timeout=120) if missing else None
-        except openai.OpenAIError:
-            fail("--judge: set OPENAI_API_KEY (and OPENAI_BASE_URL for a server other than OpenAI's)")
+        cache.write("\n" if rest else "")
+        missing = [text for text in names if names[text] not in answers]
+        print(f"{args.judge}: {len(names)} requests, {len(names) - len(missing)} answered in {cache_path}")
         replies = pool.imap_unordered(request, missing)
         for _ in tqdm(missing, args.judge, unit="request"):
             reply = None
@@ -408,26 +388,25 @@ def ask(args, messages, cache_path, notes):
                     tqdm.write(f"{client.base_url} has not answered for {PATIENCE} s", sys.stderr)
             message, answer, error = reply
             if not np.isnan(verdict(answer)):
-                answers[keys[message]] = answer
-                cache.write(json.dumps({"key": keys[message], "model": args.judge, "answer": answer}) + "\n")
-                cache.flush()
+                answers[names[message]] = answer
+                held = {"key": names[message], "model": args.judge, "answer": answer}
+                print(json.dumps(held), file=cache, flush=True)
             elif answer:
                 unclear.append(answer)
             else:
-                error_text = str(error or "an empty answer").replace(client.api_key, "[key]")
-                failed.append(" ".join(error_text.split())[:300])
+                failed.append(" ".join(str(error).replace(key, "[key]").split())[:300])
             refused = isinstance(error, openai.BadRequestError) and answers  # as by a content filter
             in_a_row = 0 if answer else in_a_row + (not refused)
             if in_a_row == 10:  # it is no accident
                 break
     if in_a_row == 10 or failed and not answers:
-        fail(f"--judge {args.judge}: {len(failed)} requests failed, {in_a_row} in a row ({failed[-1]}); "
-             f"see to that and run again; {cache_path} keeps what was answered")
+        fail(f"--judge {args.judge}: {len(failed)} requests failed, {in_a_row} in a row ({failed[-1]}); see "
+             f"to that (OPENAI_API_KEY, OPENAI_BASE_URL) and run again; {cache_path} keeps what was answered")
     if failed or unclear:
-        notes.append(f"{len(failed)} of {len(keys)} requests got no answer ({''.join(failed[-1:])}), "
+        notes.append(f"{len(failed)} of {len(names)} requests got no answer ({''.join(failed[-1:])}), "
                      f"{len(unclear)} an answer without a verdict ({''.join(unclear[-1:])!r:.60}); the next "
                      "run asks them again")
-    return {text: answers[key] for text, key in keys.items() if key in answers}
+    return {text: answers[name] for text, name in names.items() if name in answers}
 
 
 # ---- figures
@@ -436,17 +415,11 @@ def make_records(table, names, figures):
     """A dict for each group and temperature of each policy (and opponent): its names and its figures."""
     records = []
     for name, rows in table.groupby([*names, "group"], sort=False):
-        temperatures = sorted(rows["temperature"].unique())
-        for temperature in temperatures + ["all"] * (len(temperatures) > 1):
-            members = rows[(rows["temperature"] == temperature) | (temperature == "all")]
+        parts = list(rows.groupby("temperature"))
+        for temperature, part in parts + [("all", rows)] * (len(parts) > 1):
             records.append({**dict(zip([*names, "group"], name)), "temperature": temperature,
-                            "n": len(members), **figures(members)})
+                            "n": len(part), **figures(part)})
     return records
-
-
-def summarise(responses):
-    """The mean of each figure where it is known."""
-    return responses.reindex(columns=["reward", "tokens", "words", "eos"]).mean().to_dict()
 
 
 def compare(pairs):
@@ -463,7 +436,8 @@ def compare(pairs):
     # the pairs of a prompt count as one cluster; with one pair a prompt this is std / sqrt(n), alpaca_eval's
     sums = np.bincount(prompts, outcomes - outcomes.mean())
     record["standard_error"] = np.sqrt((sums ** 2).sum() * len(sums) / max(len(sums) - 1, 1)) / len(outcomes)
-    record["length_controlled"] = length_controlled(outcomes, pairs["words"] - pairs["words_theirs"])
+    rate, interval = length_controlled(outcomes, (pairs["words"] - pairs["words_theirs"]).to_numpy(), prompts)
+    record |= {"length_controlled": rate, "length_controlled_interval": interval}
     if "reward" in pairs:
         scale = pairs["reward_theirs"].std(ddof=0) or np.nan
         record |= {"opponent_std": scale, "advantage": record["reward_difference"] / scale,
@@ -482,12 +456,14 @@ def bootstrap(values, prompts, resamples=2000, seed=0):
     return np.percentile(draws[:, :-1] / draws[:, -1:], [2.5, 97.5], axis=0).T
 
 
-def length_controlled(outcomes, differences):
-    """sigma(a): the win rate at equal length, by a logistic regression as in AlpacaEval 2 (arXiv 2404.04475).
+def length_controlled(outcomes, differences, prompts):
+    """sigma(a), the win rate at equal length, by a logistic regression as in AlpacaEval 2 (arXiv 2404.04475),
+    and its 95% interval [low, high].
 
     P(win) = sigma(a + b tanh(d / s)). d is our words less theirs, s the standard deviation of d. a and b
     maximise the log-likelihood less b^2 / 2. A tie is half a win. AlpacaEval 2 also has a term for the
-    difficulty of an instruction. Where one side is always the longer, this extrapolates.  Args: (n,) each.
+    difficulty of an instruction. Where one side is always the longer, this extrapolates. The interval is
+    sigma(a -+ 1.96 se) by the delta method, the pairs of a prompt one cluster.  Args: (n,) each.
     """
     x = np.column_stack([np.ones(len(outcomes)), np.tanh(differences / (np.std(differences) or 1))])
     weights, penalty = np.zeros(2), np.array([1e-9, 1])  # a, b; 1e-9 for outcomes that are all alike
@@ -496,7 +472,10 @@ def length_controlled(outcomes, differences):
         hessian = x.T @ (x * (p * (1 - p))[:, None]) + np.diag(penalty)
         step = np.linalg.solve(hessian, x.T @ (outcomes - p) - penalty * weights)
         weights += step / max(1, abs(step).max())
-    return 1 / (1 + np.exp(-weights[0]))
+    scores = [np.bincount(prompts, column) for column in x.T * (outcomes - p)]  # (2, prompts)
+    se = np.linalg.norm(np.linalg.solve(hessian, scores)[0])  # of a
+    rate, low, high = 1 / (1 + np.exp(-weights[0] - 1.96 * se * np.array([0, -1, 1])))
+    return rate, [low, high]
 
 
 # ---- tables and pictures
@@ -508,18 +487,32 @@ COLUMNS = {"win rate": ("win_rate", ".3f"), "se": ("standard_error", ".3f"),
            "EOS": ("eos", ".2f")}
 LEGEND = """W/T/L: wins, ties, losses. se: the win rate's standard error. LC: the win rate at equal length.
 flips: share of pairs whose two verdicts differ. first: share of verdicts for what stands first. norm.: the
-reward difference in standard deviations of the opponent's rewards. [low, high]: 95% bootstrap interval over
-prompts. words, EOS (the share of responses that ended by themselves): of the policy / of the opponent."""
+reward difference in standard deviations of the opponent's rewards. words, EOS (the share of responses that
+ended by themselves): of the policy / of the opponent. [low, high]: 95% interval over prompts, by bootstrap;
+of LC by the delta method."""
 
 
 def report(policies, comparisons, notes):
     """All tables as markdown text, padded for a terminal: the policies', then one per opponent."""
-    tables = {"Policies": policies} | {f"Against {r['opponent']}": [] for r in comparisons}
-    for record in comparisons:
-        tables[f"Against {record['opponent']}"].append(record)
+    def show(values, form, between):
+        return between.join(format(value, form) if value == value else "-" for value in np.atleast_1d(values))
+
+    tables = {}  # title -> [{column: text}]
+    for record in policies + comparisons:
+        line = {"policy": record["policy"], "group": record["group"], "T": str(record["temperature"]),
+                "n": str(record["n"])}
+        if "wins" in record:
+            line["W/T/L"] = f"{record['wins']}/{record['ties']}/{record['losses']}"
+        for column, (name, form) in COLUMNS.items():
+            if name in record:
+                line[column] = show(record[name], form, " / ")
+                if name in ("win_rate", "length_controlled", "reward_difference"):
+                    line[column] += f" [{show(record[name + '_interval'], form, ', ')}]"
+        title = f"Against {record['opponent']}" if "opponent" in record else "Policies"
+        tables.setdefault(title, []).append(line)
     text = []
-    for title, records in tables.items():
-        table = pd.DataFrame([table_line(record) for record in records])
+    for title, lines in tables.items():
+        table = pd.DataFrame(lines)
         table = table.loc[:, ~table.isin(["all", "-", "- / -"]).all()]  # columns that say nothing
         lines = [list(table), *table.to_numpy().tolist()]
         widths = [max(map(len, column)) for column in zip(*lines)]
@@ -529,41 +522,24 @@ def report(policies, comparisons, notes):
     return "\n\n".join([*text, LEGEND, "\n".join(f"- {note}" for note in notes)]) + "\n"
 
 
-def table_line(record):
-    """{column: text} of a policy, or of a policy against an opponent."""
-    def show(values, form, between):
-        return between.join(format(value, form) if value == value else "-" for value in np.atleast_1d(values))
-
-    line = {"policy": record["policy"], "group": record["group"], "T": str(record["temperature"]),
-            "n": str(record["n"])}
-    if "wins" in record:
-        line["W/T/L"] = f"{record['wins']}/{record['ties']}/{record['losses']}"
-    for title, (name, form) in COLUMNS.items():
-        if name in record:
-            line[title] = show(record[name], form, " / ")
-            if name in ("win_rate", "reward_difference"):
-                line[title] += f" [{show(record[name + '_interval'], form, ', ')}]"
-    return line
-
-
 def plot_by_temperature(comparisons, field, label, level, judge):
     """`field` by temperature, a line per policy, a panel per group (down) and opponent; dashed at `level`."""
     records = pd.DataFrame([r for r in comparisons if r["temperature"] != "all"])
     policies, opponents, groups = (list(records[key].unique()) for key in ("policy", "opponent", "group"))
     figure = Figure((max(6, 1 + 3.5 * len(opponents)), 2 + 2.8 * len(groups)), layout="constrained")
     axes = figure.subplots(len(groups), len(opponents), squeeze=False, sharex=True, sharey=True)
-    step = 0.02 * (np.ptp(records["temperature"]) or 1)  # apart, so that no bar hides another
+    apart = 0.02 * (np.ptp(records["temperature"]) or 1)  # so that no bar hides another
     handles = {}
     for (row, column), axis in np.ndenumerate(axes):
-        panel = records[(records["group"] == groups[row]) & (records["opponent"] == opponents[column])]
+        group, opponent = groups[row], opponents[column]
+        panel = records[(records["group"] == group) & (records["opponent"] == opponent)]
         for policy, line in panel.groupby("policy", sort=False):
             k, y = policies.index(policy), line[field].to_numpy()
-            low, high = np.array([*line[field + "_interval"]]).T
-            handles[policy] = axis.errorbar(
-                line["temperature"] + step * (k - (len(policies) - 1) / 2), y,
-                np.maximum([y - low, high - y], 0), capsize=3, **look(k))
+            x = line["temperature"] + apart * (k - (len(policies) - 1) / 2)
+            bars = np.array([*line[field + "_interval"]]).T - y
+            handles[policy] = axis.errorbar(x, y, np.maximum([-bars[0], bars[1]], 0), capsize=3, **look(k))
         axis.axhline(level, color="gray", linestyle="--", linewidth=1)
-        axis.set(title=f"against {opponents[column]}" + f"\n{groups[row]}" * (groups[row] != "all"),
+        axis.set(title=f"against {opponent}" + f"\n{group}" * (group != "all"),
                  xticks=sorted(records["temperature"].unique()))
     figure.supxlabel(f"sampling temperature (bars: 95% bootstrap interval over prompts)\n{judge}")
     figure.supylabel(label, multialignment="center")
@@ -590,16 +566,15 @@ def plot_curves(folders):
     for folder in folders:
         path = os.path.join(folder, "log.jsonl")
         log = list(read_jsonl(path))
-        for rewards in glob.glob(os.path.join(glob.escape(folder), "step*", "rewards.pt")):
+        for rewards in Path(folder).glob("step*/rewards.pt"):
             held = load_rewards(rewards, "score the generations of that folder again")
             if not {"response", "reference"} <= held.keys():
                 fail(f"{rewards}: no rewards of references; generate from prompts that carry `reference`")
-            log.append({"step": int(os.path.basename(os.path.dirname(rewards)).removeprefix("step")),
+            log.append({"step": int(rewards.parent.name.removeprefix("step")),
                         "eval_rewards/sampled": (held["response"] - held["reference"]).nanmean().item()})
-        log = pd.DataFrame(log).sort_values("step", kind="stable")
+        log = logs[folder.rstrip("/")] = pd.DataFrame(log)
         if "step" not in log or not {name.removeprefix("eval_") for name in log} & PANELS.keys():
             fail(f"{path}: no line has `step` and one of {', '.join(PANELS)}; name folders of align.py")
-        logs[folder.rstrip("/")] = log
     keys = [key for key in PANELS if any({key, "eval_" + key} & set(log) for log in logs.values())]
     figure, handles = Figure((12, 1.5 + 3 * -(-len(keys) // 3)), layout="constrained"), {}
     for place, key in enumerate(keys, 1):
@@ -607,7 +582,7 @@ def plot_curves(folders):
         for k, (run, log) in enumerate(logs.items()):
             for name, faint in (key, {"alpha": 0.4, "marker": ""}), ("eval_" + key, {}):
                 if name in log:
-                    points = log[["step", name]].dropna()
+                    points = log[["step", name]].dropna().sort_values("step")
                     handles[run], = axis.plot(points["step"], points[name], **look(k) | faint)
         axis.set(title=key, xlabel="optimizer step", ylabel=PANELS[key])
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3,
@@ -619,8 +594,7 @@ def save(path, content):
     """Writes text or a figure whole or not at all."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     if isinstance(content, str):
-        with open(path + ".partial", "w", encoding="utf-8") as file:
-            file.write(content)
+        Path(path + ".partial").write_text(content, encoding="utf-8")
     else:
         content.savefig(path + ".partial", format="png", dpi=150)
     os.replace(path + ".partial", path)

@@ -80,8 +80,7 @@ def main():
     store = tempfile.TemporaryFile(dir=args.out)  # of all rows; it has no name, and goes with the program
 
     # read: the sets of a kind are put together
-    pairs, sft = {"train": [], "validation": []}, {"train": [], "validation": []}
-    schemas = set()  # of the pairs
+    pairs, sft, schemas = {"train": [], "validation": []}, {"train": [], "validation": []}, set()
     for name in args.dataset:
         schema, rows = read_set(name, args, store)
         schemas |= {schema} & PAIRS
@@ -95,22 +94,33 @@ def main():
         if not kind["train"]:  # a validation split that comes alone is split like any other set
             kind["train"], kind["validation"] = kind["validation"], []
     own = {row.prompt for kind in (pairs, sft) for row in kind["validation"]}
-    kept = {split: [row for row in rows if row.confidence is not None] for split, rows in pairs.items()}
-    if any(kept.values()) and kept != pairs:
-        missing = " and ".join(f"{len(pairs[split]) - len(kept[split]):,} {split}" for split in pairs)
+    rated = {split: [row for row in rows if row.confidence is not None] for split, rows in pairs.items()}
+    if any(rated.values()) and rated != pairs:
+        missing = " and ".join(f"{len(pairs[split]) - len(rated[split]):,} {split}" for split in pairs)
         print(f"without a confidence, left out of every split: {missing} rows")
-        pairs = kept
+        pairs = rated
     fresh = [{row.prompt for row in kind["train"]} - own for kind in (pairs, sft)]
     held = {prompt for prompts in fresh for prompt in prompts if prompt / 2**64 < args.validation_fraction}
     for number, prompts in enumerate(fresh):  # one at least; if it can, it spares the set before
         if args.validation_fraction > 0 and len(prompts) > 1 and not prompts & held:
             held.add(min(prompts.difference(*fresh[:number]) or prompts))
     files = {}  # path -> rows
-    if schemas:
-        files |= preference_splits(*make_splits("preference sets", pairs, own, held, args.seed))
-    if any(sft.values()):
-        train, _, validation = make_splits("SFT sets", sft, own, held, args.seed)
-        files |= {"sft/train.jsonl": train, "sft/validation.jsonl": validation}
+    for kind, rows in ("preference sets", pairs), ("SFT sets", sft):
+        if not any(rows.values()):
+            continue
+        for split in rows.values():
+            random.Random(args.seed).shuffle(split)
+        fresh = [row for row in rows["train"] if row.prompt not in own]
+        train = [row for row in fresh if row.prompt not in held]
+        out = [row for row in fresh if row.prompt in held]
+        if own:
+            print(f"{kind}: of {len(rows['train']):,} train rows, {len(out):,} held out by prompt, "
+                  f"{len(rows['train']) - len(fresh):,} dropped as a validation split has their prompt")
+        if not train:
+            fail(f"--dataset: no training rows are left of the {kind}; lower --validation_fraction")
+        validation = rows["validation"] or out
+        files |= preference_splits(train, out, validation) if rows is pairs else {
+            "sft/train.jsonl": train, "sft/validation.jsonl": validation}
     for label, name in args.prompts.items():
         unique = {}
         for row in sum(read_set(name, args, store, label)[1].values(), []):
@@ -170,7 +180,8 @@ def read_set(name, args, store, label=None):
             continue
         if label:
             answer = row.get("reference", row.get("chosen"))
-            row = {"prompt": row["prompt"], "reference": answer, "dataset": label, "id": row.get("id")}
+            row = {"prompt": row["prompt"], "reference": answer, "dataset": raw.get("dataset") or label,
+                   "id": row.get("id")}
             row = {key: value for key, value in row.items() if value is not None}
         rows[split].append(add(store, row, args.seed))
     reasons = ", ".join(f"{count:,} {why}" for why, count in dropped.items()) or "none"
@@ -214,9 +225,9 @@ def raw_rows(name, prompts):
     splits = {wanted: splits} if wanted else splits
     if len(splits) > 1:
         held_out = [split for split in ("validation", "valid", "val", "dev", "test") if split in splits]
-        tests = [split for split in ("test", *held_out, "train") if split in splits]
+        tests = ["test"] * ("test" in splits) + [*held_out, "train"]
         picked = tests[:1] if prompts else ["train", *held_out[:1]]
-        if not picked or picked[0] not in splits:
+        if picked[0] not in splits:
             fail(f"{name}: it has no split `train`; name one as {name}:SPLIT, of {', '.join(splits)}")
         splits = {split: splits[split] for split in picked}
     for split, rows in splits.items():
@@ -406,21 +417,6 @@ def add(store, row, seed):
     text = f"{seed} {prompt if isinstance(prompt, str) else json.dumps(prompt)}"
     hashed = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
     return Row(hashed, row.get("confidence"), row.get("edit_distance"), start)
-
-
-def make_splits(kind, rows, own, held, seed):
-    """{"train", "validation"} rows -> (train, held out of train, validation), each in the seed's order."""
-    for split in rows.values():
-        random.Random(seed).shuffle(split)
-    fresh = [row for row in rows["train"] if row.prompt not in own]
-    train = [row for row in fresh if row.prompt not in held]
-    out = [row for row in fresh if row.prompt in held]
-    if own:
-        print(f"{kind}: of {len(rows['train']):,} train rows, {len(out):,} held out by prompt, "
-              f"{len(rows['train']) - len(fresh):,} dropped as a validation split has their prompt")
-    if not train:
-        fail(f"--dataset: the {kind} leave no training rows; give more, or a smaller --validation_fraction")
-    return train, out, rows["validation"] or out
 
 
 def preference_splits(train, held, validation):

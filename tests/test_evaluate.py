@@ -332,24 +332,41 @@ def test_length_controlled_is_the_maximum_of_its_likelihood():
         return value
     optimizer.step(loss)
     expected = torch.sigmoid(parameters[0]).item()
-    assert evaluate.length_controlled(outcomes, differences) == pytest.approx(expected, abs=1e-6)
+    rate, (low, high) = evaluate.length_controlled(outcomes, differences, np.arange(300))
+    assert rate == pytest.approx(expected, abs=1e-6) and low < rate < high
     assert abs(expected - outcomes.mean()) > 0.03  # the length matters here
-    assert evaluate.length_controlled(1 - outcomes, -differences) == pytest.approx(1 - expected, abs=1e-6)
-    # sklearn's ridge leaves the intercept alone, too; a tie is a win and a loss of half the weight
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    model = linear_model.LogisticRegression(C=1.0, tol=1e-10).fit(
-        np.tile(x.numpy(), 2)[:, None], np.repeat([1, 0], 300),
-        sample_weight=np.concatenate([outcomes, 1 - outcomes]))
-    assert model.predict_proba([[0.0]])[0, 1] == pytest.approx(expected, abs=1e-5)
+    mirror, (theirs_low, _) = evaluate.length_controlled(1 - outcomes, -differences, np.arange(300))
+    assert [mirror, theirs_low] == pytest.approx([1 - expected, 1 - high], abs=1e-6)
 
 
 def test_length_controlled_stays_finite():
+    def rate(outcomes, differences):
+        found, interval = evaluate.length_controlled(outcomes, differences, np.arange(len(outcomes)))
+        assert interval[0] <= found <= interval[1]
+        return found
     longer = np.arange(1, 9.0)
-    assert evaluate.length_controlled(np.ones(8), longer) > 0.7  # all won by longer responses
-    assert evaluate.length_controlled(np.ones(8), np.zeros(8)) == pytest.approx(1)
-    assert evaluate.length_controlled(np.array([1, 0, 0.5, 0.5]), np.zeros(4)) == pytest.approx(0.5)
+    assert rate(np.ones(8), longer) > 0.7  # all won by longer responses
+    assert rate(np.ones(8), np.zeros(8)) == pytest.approx(1)
+    assert rate(np.array([1, 0, 0.5, 0.5]), np.zeros(4)) == pytest.approx(0.5)
     decided_by_length = np.array([1.0, 0.0] * 50), np.array([9.0, -9.0] * 50)
-    assert evaluate.length_controlled(*decided_by_length) == pytest.approx(0.5)
+    assert rate(*decided_by_length) == pytest.approx(0.5)
+
+
+def test_the_interval_at_equal_length_covers_the_truth():
+    """Of 60 prompts with 4 samples each. A prompt's rate at equal length is 0.1 or 0.9."""
+    rng, prompts = np.random.default_rng(5), np.arange(60).repeat(4)
+
+    def draw(a):  # b = 1.2, which the penalty hardly moves
+        differences = rng.normal(10, 20, size=len(a))
+        chance = 1 / (1 + np.exp(-a - 1.2 * np.tanh(differences / 20)))
+        return (rng.random(len(a)) < chance).astype(float), differences
+    logit = np.log(0.9 / 0.1)
+    many = draw(rng.choice([-logit, logit], size=100_000))
+    truth, _ = evaluate.length_controlled(*many, np.arange(100_000))
+    data = [draw(rng.choice([-logit, logit], size=60).repeat(4)) for _ in range(200)]
+    clustered, each = [np.mean([low <= truth <= high for _, (low, high) in (
+        evaluate.length_controlled(*pair, ids) for pair in data)]) for ids in (prompts, np.arange(240))]
+    assert 0.91 < clustered < 0.98 and each < 0.85  # a prompt's samples tell less than 4 prompts
 
 
 def test_length_controlled_stands_in_the_table(tmp_path):
@@ -360,7 +377,10 @@ def test_length_controlled_stands_in_the_table(tmp_path):
     figures, _ = run(tmp_path, "--generations", data, "--rewards", rewards, "--against", "them")
     figures = figures["us", "them", "all", 0.5]
     assert figures["win_rate"] == 0.7 and 0.35 < figures["length_controlled"] < 0.6
-    assert f"{figures['length_controlled']:.3f}" in (tmp_path / "out/evaluation.md").read_text()
+    low, high = figures["length_controlled_interval"]
+    assert low < figures["length_controlled"] < high
+    cell = f"{figures['length_controlled']:.3f} [{low:.3f}, {high:.3f}]"
+    assert cell in (tmp_path / "out/evaluation.md").read_text()
 
 
 # students, splits and Oracles
@@ -626,28 +646,3 @@ def test_bad_rewards(tmp_path, capsys):
     with_reference, _ = write(tmp_path / "r.jsonl", [row("us", "p", reference="x")], [[1.0]])
     assert "no `reference` rewards" in refused(capsys, tmp_path, "--generations", with_reference, "--rewards",
                                                tmp_path / "r.pt", "--against", "reference")
-
-
-@pytest.mark.parametrize("flags, line, expected", [
-    ([], None, "--generations --judge_check --annotations --curves is required"),
-    (["--generations", "absent.jsonl"], None, "absent.jsonl: cannot read it"),
-    (["--generations", "g.jsonl"], row("us", "p", temperature="hot"), "g.jsonl, line 1: no `temperature`"),
-    (["--generations", "g.jsonl", "--group_by", "set"], row("us", "p"), "--group_by set: g.jsonl, line 1"),
-    (["--generations", "g.jsonl"], row("us", ["p"]), "g.jsonl, line 1: TypeError"),
-    (["--generations", "g.jsonl", "--judge", "m", "--reward_fn", "f"], row("us", "p"), "not allowed with"),
-])
-def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, flags, line, expected):
-    monkeypatch.chdir(tmp_path)
-    if line:
-        write(tmp_path / "g.jsonl", [line])
-    with pytest.raises(SystemExit) as exit_:
-        evaluate.main(flags)
-    message = capsys.readouterr().err
-    assert exit_.value.code == 2 and message.count("error:") == 1 and expected in message.splitlines()[-1]
-
-
-def test_it_runs_as_a_program(tmp_path):
-    command = [sys.executable, os.path.join(ROOT, "evaluate.py"), "--generations", "absent.jsonl"]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
-    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: absent.jsonl: cannot read it")

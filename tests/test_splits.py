@@ -377,8 +377,8 @@ def test_the_space_before_a_response(tmp_path):
 def test_prompt_sets(tmp_path):
     write(tmp_path / "news.jsonl.gz",
           [{"article": f"News {i}.", "highlights": f"One {i} .\nTwo .", "id": f"a{i}"} for i in range(50)])
-    write(tmp_path / "alpaca.json",
-          [{"instruction": f"Do {i}", "output": f"Done {i}", "dataset": "d"} for i in range(30)] * 2)
+    write(tmp_path / "alpaca.json", 2 * [
+        {"instruction": f"Do {i}", "output": f"Done {i}", "dataset": f"set {i % 2}"} for i in range(30)])
     write(tmp_path / "plain.parquet", [{"prompt": f"Plain {i}"} for i in range(5)])
     write(tmp_path / "pairs.jsonl", [dict(row, id=i) for i, row in enumerate(pairs(20, prompts=6))])
     flags = ["--prompts", "news.jsonl.gz", "alpaca.json", "plain.parquet", "pairs.jsonl"]
@@ -396,7 +396,7 @@ def test_prompt_sets(tmp_path):
     for row in alpaca:
         number = row["reference"].removeprefix("Done ")
         assert row == {"prompt": [{"role": "user", "content": f"Do {number}"}], "reference": f"Done {number}",
-                       "dataset": "alpaca"}
+                       "dataset": f"set {int(number) % 2}"}  # AlpacaEval's own, e.g. "koala"
     assert sorted(row["prompt"] for row in plain) == [f"Plain {i}" for i in range(5)]
     assert all(set(row) == {"prompt", "dataset"} for row in plain)
     assert len(paired) == len({row["prompt"] for row in paired}) == 6
