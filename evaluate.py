@@ -353,7 +353,7 @@ def ask(args, messages, cache_path, notes):
     none is paid for twice. The others are counted, and the next run asks them again."""
     import openai
     key = os.environ.get("OPENAI_API_KEY") or "no key is set"
-    client = openai.OpenAI(api_key=key, max_retries=3, timeout=120)
+    client = openai.OpenAI(api_key=key, max_retries=3)
     sampling = {} if args.judge_temperature is None else {"temperature": args.judge_temperature}
     names = {text: hashlib.sha256(json.dumps([args.judge, text, sampling]).encode()).hexdigest()
              for text in messages}  # what the cache calls them
@@ -368,11 +368,11 @@ def ask(args, messages, cache_path, notes):
 
     answers, unclear, failed, in_a_row = {}, [], [], 0
     os.makedirs(os.path.dirname(cache_path) or ".", exist_ok=True)
-    with open(cache_path, "a+", encoding="utf-8") as cache, ThreadPool(8) as pool:
+    with open(cache_path, "a+", encoding="utf-8") as cache, ThreadPool(4) as pool:
         cache.seek(0)
         *lines, rest = cache.read().split("\n")
         for line in lines:
-            with suppress(ValueError):  # where an earlier run was cut off
+            with suppress(ValueError, KeyError, TypeError):  # where an earlier run was cut off
                 held = json.loads(line)
                 answers[held["key"]] = held["answer"]
         cache.write("\n" if rest else "")

@@ -1,14 +1,12 @@
 """evaluate.py: win rates, intervals, pairs, tables and pictures against known answers. test_judge.py has the
 chat models."""
 
-import glob
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 import types
 
@@ -524,85 +522,13 @@ def test_bad_annotations_and_outputs(tmp_path, capsys):
 
 # tests/PAPER.md
 
-def paper_section():
-    text = open(os.path.join(ROOT, "tests/PAPER.md"), encoding="utf-8").read()
-    return re.search(r"## Each table and figure of the paper\n(.*?)\n## ", text, re.DOTALL)[1]
-
-
-def test_the_lines_of_the_paper(tmp_path, monkeypatch):
-    """Every evaluate.py line, as it stands, on tiny files: (what it wrote, a figure of it)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate.bootstrap, "__defaults__", (20, 0))  # resamples: they take most of the time
-    lines = re.findall(r"(?:`|^python )evaluate.py (--.*?)(?:`|$)", paper_section(), re.MULTILINE)
-    lines = [subprocess.check_output(["bash", "-c", f"printf '%s\\n' {line}"], text=True).split()
-             for line in lines]
-    assert len(lines) == 9
-    rank = {"drdo": 3.0, "edpo": 2.0, "dpo": 1.0, "sft": 0.0}
-    for flags in lines:
-        names = "generations.jsonl", "alpaca.jsonl", "t0.7.jsonl"
-        for path in [flag for flag in flags if flag.endswith(names)]:
-            folder = os.path.dirname(path)
-            os.makedirs(folder, exist_ok=True)
-            policy = os.path.basename(folder)
-            temperatures = (0.2, 0.9) if "generations" in path else (0.7,)
-            rows = [row(folder, f"p{k}", f"w {policy} {k}", t, reference="gold")
-                    for k in range(3) for t in temperatures]
-            held = write(tmp_path / path, rows, [[rank[policy]] * len(rows)], reference=[[2.5, 1.5] * 3])
-            if "generations" in path:
-                os.replace(held[1], os.path.join(folder, "rewards.pt"))
-    for policy in ("drdo", "dpo", "edpo"):
-        log_lines(tmp_path / f"out/opt-1.3b/{policy}", {"step": 200, "loss": 0.5},
-                  {"step": 400, "loss": rank[policy]})
-        os.makedirs(f"out/opt-1.3b/{policy}/step400")
-        torch.save({"response": torch.ones(1, 2), "reference": torch.zeros(1, 2)},
-                   f"out/opt-1.3b/{policy}/step400/rewards.pt")
-    os.makedirs("data/all")
-    labelled = [{"prompt": f"p{k}", "chosen": "w drdo", "rejected": "w"} for k in range(4)]
-    (tmp_path / "data/all/validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in labelled))
-    digest = hashlib.sha256((tmp_path / "data/all/validation.jsonl").read_bytes()).hexdigest()
-    torch.save({"chosen": torch.tensor([[1.0, 1, 1, 0]]), "rejected": torch.full((1, 4), 0.5),
-                "oracles": ["one"], "data_sha256": digest}, "validation.pt")
-    os.makedirs("out/alpaca/judge")
-    (tmp_path / "out/alpaca/judge/annotations.json").write_text(json.dumps(annotations(1, 2, 2)))
-
-    def answer(args, messages, *_):  # in place of the server, which test_judge.py has
-        return {text: f"Preferred: {'A' if 'drdo' in text.split('<response_B>')[0] else 'B'}"
-                for text in messages}
-    monkeypatch.setattr(evaluate, "ask", answer)
-    figures, drawn = {}, {}
-    monkeypatch.setattr(evaluate.Figure, "savefig",
-                        lambda figure, path, **_: drawn.update({path: figure}) or open(path, "w").close())
-    for flags in lines:
-        flags = [path for flag in flags for path in (glob.glob(flag) or [flag])]
-        evaluate.main(flags)
-        out = flags[flags.index("--out") + 1]
-        if os.path.exists(f"{out}/evaluation.json"):
-            held = json.load(open(f"{out}/evaluation.json"))["comparisons"]
-            figures[out] = {(r["policy"], r["opponent"], r["group"], r["temperature"]): r for r in held}
-    for d in ("all", "hc_he", "lc_le"):
-        assert figures["out/table1"]["drdo", "edpo", f"folder out/{d}", 0.7]["win_rate"] == 1
-        over_sft = figures["out/figure3"]["dpo", "out/sft", f"folder out/{d}", 0.9]
-        assert over_sft["reward_difference"] == 1 and over_sft["n"] == 3
-        assert figures["out/figure3"]["dpo", "reference", f"folder out/{d}", 0.2]["reward_difference"] == -1.5
-    assert {group for _, _, group, _ in figures["out/table2"]} == {
-        f"folder out/opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b")}
-    assert figures["out/table2"]["drdo", "dpo", "folder out/opt-2.7b", 0.2]["wins"] == 3
-    assert figures["out/table3"]["out/drdo", "out/dpo", "all", 0.7]["win_rate"] == 1
-    assert figures["out/judge_check"]["chosen", "rejected", "chosen longer", "-"]["win_rate"] == 1
-    assert figures["out/oracle_check"]["chosen", "rejected", "all", "-"]["win_rate"] == 0.75
-    assert figures["out/alpaca"]["out/drdo", "davinci", "all", "-"]["win_rate"] == pytest.approx(2 / 3)
-    assert [r["generator"] for r in json.load(open("out/alpaca/out_dpo_outputs.json"))] == ["out/dpo"] * 3
-    panels = {axis.get_title(): [line.get_xydata().tolist() for line in axis.lines]
-              for axis in drawn["out/figure4/curves.png.partial"].axes}
-    assert panels["rewards/sampled"] == [[[400, 1]]] * 3 and panels["loss"][0] == [[200, 0.5], [400, 3]]
-
-
 def test_the_loss_picture_of_the_paper(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
-    exec(re.search(r"```python\n(.*?)```", paper_section(), re.DOTALL)[1], {})
+    text = open(os.path.join(ROOT, "tests/PAPER.md"), encoding="utf-8").read()
+    exec(re.search(r"### The preference loss by gamma.*?```python\n(.*?)```", text, re.DOTALL)[1], {})
     lines = pyplot.gca().lines
     assert [line.get_label() for line in lines] == ["gamma 0", "gamma 1", "gamma 2", "gamma 5"]
     for line, gamma in zip(lines, (0, 1, 2, 5)):
