@@ -4,11 +4,9 @@ In:   out/sft, data/all/train.jsonl (prompt, chosen, rejected); for drdo and edp
 Out:  out/<loss>/: model, tokenizer, score.safetensors (DRDO's reward head), args.json, log.jsonl; checkpoint/
       while it runs; with --keep_steps the policies on the way, step<k>/
 
-    deepspeed align.py --loss drdo --oracle_rewards rewards.pt
-    deepspeed align.py --loss dpo --beta 0.1
+    deepspeed align.py --loss drdo --oracle_rewards rewards.pt           # --resume: from the last checkpoint
+    deepspeed --num_gpus 2 align.py --loss dpo --beta 0.1 --gradient_checkpointing
     deepspeed align.py --loss edpo --oracle_rewards ensemble.pt          # rewards of K reward models
-    deepspeed --num_gpus 2 align.py --loss drdo --oracle_rewards rewards.pt --gradient_checkpointing
-    deepspeed align.py --loss drdo --oracle_rewards rewards.pt --resume  # from the last checkpoint
 
 The way of one pair: Rows (encode_prompt, encode_response) -> PairModel (collate, pair_mask; of losses.py
 response_logps, last_token_rewards) -> loss_and_metrics (calls losses.py) -> engine.backward and step.
@@ -243,9 +241,8 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
 class PairModel(torch.nn.Module):
     """A causal LM, with a reward head or without, that scores both responses of a pair in one row.
 
-    In bf16 DeepSpeed casts the weights on a GPU. On a CPU they stay fp32, and autocast multiplies in bf16.
-    forward() opens autocast each time. Autocast keeps its bf16 weights until it closes: one block around the
-    run would compute every step with the first weights. Log-probs and rewards are fp32 always.
+    In bf16 DeepSpeed casts the weights on a GPU. On a CPU they stay fp32, and autocast multiplies in bf16. It
+    keeps its bf16 weights until it closes, so each forward() opens one. Log-probs and rewards are fp32.
     """
 
     def __init__(self, lm, score=None, bf16=False):
@@ -327,13 +324,13 @@ def score_all(model, pairs, args, description, rows=None):
     return scores.cpu()
 
 
-# ---- data --------------------------------------------------------------------------------------------------
+# ---- data and files: after load_split the stages share all to the letter (tests/test_copies.py) ------------
 
 
 def load_split(path, rewards_path, tokenizer, args, limit=0):
     """The pairs of a preference file (of its first `limit` rows), and their Oracle rewards, (K, N, 2) or NaN.
     Drops pairs over --max_length, and pairs that were too long for an Oracle: NaN in rewards.pt. Without a
-    path there are no pairs."""
+    path there are none."""
     if not path:
         return [], torch.empty(1, 0, 2)
     pairs = Rows(path, ["chosen", "rejected"], tokenizer, args.max_length, limit)
@@ -353,15 +350,10 @@ def load_split(path, rewards_path, tokenizer, args, limit=0):
     return pairs, oracle[:, scored]
 
 
-# ---- rows, steps, files: the stages share what follows to the letter (tests/test_copies.py) ----------------
-
-
 class Rows:
     """Token ids of a JSONL file's rows that fit in max_length. They lie in a temporary file, so that memory
     does not grow. rows[i] is a list of int32 arrays: the prompt, and the responses under `keys`.
-
-    lines: (N,), line numbers in the file. lengths: (N, 1 + responses), tokens of each, EOS included.
-    """
+    lines: (N,), line numbers in the file. lengths: (N, 1 + responses), tokens of each, EOS included."""
 
     def __init__(self, path, keys, tokenizer, max_length, limit=0):
         number, lines, lengths, ids = 0, [], [], tempfile.TemporaryFile()
@@ -397,10 +389,10 @@ def plan_steps(row_tokens, args):
     --resume change them. Within a step the longest come first, so that a micro-batch holds little padding.
     Sets the defaults of --micro_batch_size and --warmup_steps."""
     num_rows, world_size, size = len(row_tokens), dist.get_world_size(), args.batch_size
-    if args.max_steps and args.epochs:
-        fail("--max_steps and --epochs both say how long to train; give one of them")
     fitting = [n for n in range(1, 9) if size % (n * world_size) == 0]
     args.micro_batch_size = args.micro_batch_size or max(fitting, default=1)
+    if args.max_steps and args.epochs:
+        fail("--max_steps and --epochs both say how long to train; give one of them")
     if size % (args.micro_batch_size * world_size):
         fail(f"--batch_size {size} is no multiple of --micro_batch_size {args.micro_batch_size} x "
              f"{world_size} processes; change one of them")
@@ -422,17 +414,15 @@ def plan_steps(row_tokens, args):
 def make_engine(model, optimizer, schedule, args):
     """DeepSpeed's engine by --deepspeed_config, with this run's batch sizes and dtype. One CPU process runs
     without ZeRO: it has nothing to share out, and ZeRO would copy weights and gradients."""
-    what = f"--deepspeed_config {args.deepspeed_config}"
-    with reading(what, "start from the ds_config.json given here"), open(args.deepspeed_config) as file:
+    with reading("--deepspeed_config", "take the ds_config.json here"), open(args.deepspeed_config) as file:
         config = json.load(file)
         stage, clipping = config["zero_optimization"]["stage"], float(config.get("gradient_clipping", 0))
         assert stage in (0, 1, 2) and clipping >= 0, "take ZeRO stage 0, 1 or 2, and clipping of 0 or more"
         on_gpu = torch.cuda.is_available()
-        config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
-                   "train_micro_batch_size_per_gpu": args.micro_batch_size,
-                   "bf16": {"enabled": on_gpu and args.dtype == "bf16"}}
-        alone_on_cpu = not on_gpu and dist.get_world_size() == 1
-        if not config["bf16"]["enabled"] and (stage == 0 or alone_on_cpu):
+        bf16 = on_gpu and args.dtype == "bf16"
+        config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31, "bf16": {"enabled": bf16},
+                   "train_micro_batch_size_per_gpu": args.micro_batch_size}
+        if (stage == 0 and not bf16) or (not on_gpu and dist.get_world_size() == 1):
             config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
             weights = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -443,9 +433,9 @@ def make_engine(model, optimizer, schedule, args):
 
 
 def start_run(engine, args):
-    """The state to start from: the run (flags, files), its step, the length of its log. --resume loads the
-    last checkpoint. It fails if a file, the number of processes or a flag differs; those in `may_change`
-    may. Without --resume a folder that holds a checkpoint is an error, and a finished run is replaced."""
+    """The state to start from: flags and files of the run, its step, its log's length. --resume loads the
+    last checkpoint, and fails if a file, the number of processes or a flag not in `may_change` differs.
+    Without it a folder that holds a checkpoint is an error, and a finished run is replaced."""
     may_change = ("resume", "local_rank", "out", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
     run = vars(args) | {"processes": dist.get_world_size()}
@@ -478,8 +468,7 @@ def start_run(engine, args):
 
 def log(args, step, window, prefix="", **figures):
     """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
-    window: the metrics of this process's pairs, dicts of (B,). One that is NaN for every pair, for want of
-    Oracle rewards, is not written."""
+    window: metrics of this process's pairs, dicts of (B,). One that is NaN for every pair is left out."""
     here = {prefix + name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
@@ -613,8 +602,7 @@ def encode_prompt(tokenizer, prompt):
         signal.alarm(0)
         return ids
     if not isinstance(prompt, str):
-        names = {"user": "Human", "assistant": "Assistant"}
-        turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
+        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
         prompt = "\n\n".join(turns + ["Assistant:\n"])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer(prompt, add_special_tokens=False).input_ids

@@ -89,10 +89,9 @@ def main():
     tokenizer, lm = load_model(args.model)
     set_pad_token(tokenizer, lm)
     args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
-    keys, eval_pairs = ["chosen", "rejected"], []
+    keys = ["chosen", "rejected"]
     pairs = Rows(args.data, keys, tokenizer, args.max_length)
-    if args.eval_data:
-        eval_pairs = Rows(args.eval_data, keys, tokenizer, args.max_length, args.eval_rows)
+    eval_pairs = args.eval_data and Rows(args.eval_data, keys, tokenizer, args.max_length, args.eval_rows)
     row_tokens, chosen_tokens = pairs.lengths.sum(1), torch.tensor(pairs.lengths[:, 1])  # (N,), (N,)
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
     max_steps = len(steps)
@@ -140,9 +139,9 @@ def main():
             log(args, step, window, epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
                 grad_norm=grad_norm, tokens_per_second=tokens / (time.time() - start))
             if evaluates:
-                logps, rewards = score_all(model, eval_pairs, args, "evaluating")
-                eval_tokens = torch.tensor(eval_pairs.lengths[:, 1])
-                log(args, step, [loss_and_metrics(args, logps, rewards, eval_tokens)[1]], prefix="eval_")
+                scores = score_all(model, eval_pairs, args, "evaluating")
+                _, metrics = loss_and_metrics(args, *scores, torch.tensor(eval_pairs.lengths[:, 1]))
+                log(args, step, [metrics], prefix="eval_")
             if saves:
                 save_checkpoint(engine, args, state | {"step": step})
             window, tokens, start = [], 0, time.time()
@@ -187,9 +186,8 @@ def set_pad_token(tokenizer, lm):
 class PairModel(torch.nn.Module):
     """A causal LM, with a reward head or without, that scores both responses of a pair in one row.
 
-    In bf16 DeepSpeed casts the weights on a GPU. On a CPU they stay fp32, and autocast multiplies in bf16.
-    forward() opens autocast each time. Autocast keeps its bf16 weights until it closes: one block around the
-    run would compute every step with the first weights. Log-probs and rewards are fp32 always.
+    In bf16 DeepSpeed casts the weights on a GPU. On a CPU they stay fp32, and autocast multiplies in bf16. It
+    keeps its bf16 weights until it closes, so each forward() opens one. Log-probs and rewards are fp32.
     """
 
     def __init__(self, lm, score=None, bf16=False):
@@ -274,9 +272,7 @@ def score_all(model, pairs, args, description, rows=None):
 class Rows:
     """Token ids of a JSONL file's rows that fit in max_length. They lie in a temporary file, so that memory
     does not grow. rows[i] is a list of int32 arrays: the prompt, and the responses under `keys`.
-
-    lines: (N,), line numbers in the file. lengths: (N, 1 + responses), tokens of each, EOS included.
-    """
+    lines: (N,), line numbers in the file. lengths: (N, 1 + responses), tokens of each, EOS included."""
 
     def __init__(self, path, keys, tokenizer, max_length, limit=0):
         number, lines, lengths, ids = 0, [], [], tempfile.TemporaryFile()
@@ -312,10 +308,10 @@ def plan_steps(row_tokens, args):
     --resume change them. Within a step the longest come first, so that a micro-batch holds little padding.
     Sets the defaults of --micro_batch_size and --warmup_steps."""
     num_rows, world_size, size = len(row_tokens), dist.get_world_size(), args.batch_size
-    if args.max_steps and args.epochs:
-        fail("--max_steps and --epochs both say how long to train; give one of them")
     fitting = [n for n in range(1, 9) if size % (n * world_size) == 0]
     args.micro_batch_size = args.micro_batch_size or max(fitting, default=1)
+    if args.max_steps and args.epochs:
+        fail("--max_steps and --epochs both say how long to train; give one of them")
     if size % (args.micro_batch_size * world_size):
         fail(f"--batch_size {size} is no multiple of --micro_batch_size {args.micro_batch_size} x "
              f"{world_size} processes; change one of them")
@@ -337,17 +333,15 @@ def plan_steps(row_tokens, args):
 def make_engine(model, optimizer, schedule, args):
     """DeepSpeed's engine by --deepspeed_config, with this run's batch sizes and dtype. One CPU process runs
     without ZeRO: it has nothing to share out, and ZeRO would copy weights and gradients."""
-    what = f"--deepspeed_config {args.deepspeed_config}"
-    with reading(what, "start from the ds_config.json given here"), open(args.deepspeed_config) as file:
+    with reading("--deepspeed_config", "take the ds_config.json here"), open(args.deepspeed_config) as file:
         config = json.load(file)
         stage, clipping = config["zero_optimization"]["stage"], float(config.get("gradient_clipping", 0))
         assert stage in (0, 1, 2) and clipping >= 0, "take ZeRO stage 0, 1 or 2, and clipping of 0 or more"
         on_gpu = torch.cuda.is_available()
-        config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
-                   "train_micro_batch_size_per_gpu": args.micro_batch_size,
-                   "bf16": {"enabled": on_gpu and args.dtype == "bf16"}}
-        alone_on_cpu = not on_gpu and dist.get_world_size() == 1
-        if not config["bf16"]["enabled"] and (stage == 0 or alone_on_cpu):
+        bf16 = on_gpu and args.dtype == "bf16"
+        config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31, "bf16": {"enabled": bf16},
+                   "train_micro_batch_size_per_gpu": args.micro_batch_size}
+        if (stage == 0 and not bf16) or (not on_gpu and dist.get_world_size() == 1):
             config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
             weights = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -358,9 +352,9 @@ def make_engine(model, optimizer, schedule, args):
 
 
 def start_run(engine, args):
-    """The state to start from: the run (flags, files), its step, the length of its log. --resume loads the
-    last checkpoint. It fails if a file, the number of processes or a flag differs; those in `may_change`
-    may. Without --resume a folder that holds a checkpoint is an error, and a finished run is replaced."""
+    """The state to start from: flags and files of the run, its step, its log's length. --resume loads the
+    last checkpoint, and fails if a file, the number of processes or a flag not in `may_change` differs.
+    Without it a folder that holds a checkpoint is an error, and a finished run is replaced."""
     may_change = ("resume", "local_rank", "out", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
     run = vars(args) | {"processes": dist.get_world_size()}
@@ -393,8 +387,7 @@ def start_run(engine, args):
 
 def log(args, step, window, prefix="", **figures):
     """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
-    window: the metrics of this process's pairs, dicts of (B,). One that is NaN for every pair, for want of
-    Oracle rewards, is not written."""
+    window: metrics of this process's pairs, dicts of (B,). One that is NaN for every pair is left out."""
     here = {prefix + name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
@@ -523,8 +516,7 @@ def encode_prompt(tokenizer, prompt):
         signal.alarm(0)
         return ids
     if not isinstance(prompt, str):
-        names = {"user": "Human", "assistant": "Assistant"}
-        turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
+        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
         prompt = "\n\n".join(turns + ["Assistant:\n"])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer(prompt, add_special_tokens=False).input_ids

@@ -253,8 +253,7 @@ def encode_prompt(tokenizer, prompt):
         signal.alarm(0)
         return ids
     if not isinstance(prompt, str):
-        names = {"user": "Human", "assistant": "Assistant"}
-        turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
+        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
         prompt = "\n\n".join(turns + ["Assistant:\n"])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer(prompt, add_special_tokens=False).input_ids

@@ -286,8 +286,10 @@ def torment(lab, bar, stage, flags, processes, kills, rng):
 
 def whole(step):
     """Whether state.pt, which is written last, is newer than this folder of a checkpoint."""
-    state = Path(step).parent / "state.pt"
-    return state.exists() and state.stat().st_mtime >= os.stat(step).st_mtime
+    try:
+        return os.stat(Path(step).parent / "state.pt").st_mtime >= os.stat(step).st_mtime
+    except OSError:
+        return False
 
 
 def has(out, stage):
