@@ -146,8 +146,7 @@ def main():
     reference, eval_reference = state["reference"], state["eval_reference"]
 
     # ---- training
-    window, tokens, start = [], 0, time.time()
-    done = state["step"]
+    window, tokens, start, done = [], 0, time.time(), state["step"]
     bar = tqdm(steps[done:], f"align {args.loss}", initial=done, total=max_steps, disable=rank > 0)
     for step, rows in enumerate(bar, done + 1):
         learning_rate = optimizer.param_groups[0]["lr"]

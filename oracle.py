@@ -116,8 +116,7 @@ def main():
 
     # ---- training
     num_logps = 1 if args.alpha else 0  # Eq. 5 takes log pi of the chosen response alone
-    window, tokens, start = [], 0, time.time()
-    done = state["step"]
+    window, tokens, start, done = [], 0, time.time(), state["step"]
     bar = tqdm(steps[done:], "oracle", initial=done, total=max_steps, disable=rank > 0)
     for step, rows in enumerate(bar, done + 1):
         learning_rate = optimizer.param_groups[0]["lr"]
