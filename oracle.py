@@ -410,8 +410,8 @@ def save_checkpoint(engine, args, state):
             state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
             torch.save(state, f"{folder}/partial")
             os.replace(f"{folder}/partial", f"{folder}/state.pt")
-            for before in set(os.listdir(folder)) - {step, "state.pt"}:
-                shutil.rmtree(f"{folder}/{before}")
+            for before in {*glob(f"{folder}/step*")} - {f"{folder}/{step}"}:
+                shutil.rmtree(before)
 
 
 def save_model(lm, tokenizer, folder):
