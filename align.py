@@ -114,7 +114,6 @@ def main():
         oracle, eval_oracle = oracle / std, eval_oracle / std
     row_tokens, response_tokens = pairs.lengths.sum(1), torch.tensor(pairs.lengths[:, 1:])  # (N,), (N, 2)
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
-    max_steps = len(steps)
 
     # ---- model, optimizer, engine
     width, score = lm.get_output_embeddings().weight.shape[1], None  # H; OPT projects hidden states to it
@@ -129,9 +128,9 @@ def main():
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
     groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (  # warm-up, then a cosine to 0
-        (step + 1) / args.warmup_steps if step < args.warmup_steps else
-        0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
+    warmup, decay = args.warmup_steps, max(1, args.max_steps - args.warmup_steps)  # then a cosine to 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (
+        (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / decay)))
     engine = make_engine(model, optimizer, schedule, args)
     check_layout(lm, pairs, args)
     state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
@@ -147,7 +146,7 @@ def main():
 
     # ---- training
     window, tokens, start, done = [], 0, time.time(), state["step"]
-    bar = tqdm(steps[done:], f"align {args.loss}", initial=done, total=max_steps, disable=rank > 0)
+    bar = tqdm(steps[done:], f"align {args.loss}", initial=done, total=args.max_steps, disable=rank > 0)
     for step, rows in enumerate(bar, done + 1):
         learning_rate = optimizer.param_groups[0]["lr"]
         for micro in rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]:  # this process's share
@@ -163,9 +162,9 @@ def main():
             fail(f"step {step}: the loss or its gradient is not finite; lower --learning_rate, or look at "
                  f"{args.data}, lines {sorted(pairs.lines[rows].tolist())}")
 
-        evaluates = eval_pairs and (step % args.eval_steps == 0 or step == max_steps)
+        evaluates = eval_pairs and (step % args.eval_steps == 0 or step == args.max_steps)
         saves = args.save_steps and step % args.save_steps == 0
-        if evaluates or saves or step in (1, max_steps) or step % args.log_steps == 0:
+        if evaluates or saves or step in (1, args.max_steps) or step % args.log_steps == 0:
             log(args, step, window, epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
                 grad_norm=grad_norm, tokens_per_second=tokens / (time.time() - start))
             if evaluates:
@@ -386,7 +385,7 @@ class Rows:
 def plan_steps(row_tokens, args):
     """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor
     --resume change them. Within a step the longest come first, so that a micro-batch holds little padding.
-    Sets the defaults of --micro_batch_size and --warmup_steps."""
+    Sets the defaults of --micro_batch_size, --max_steps and --warmup_steps."""
     num_rows, world_size, size = len(row_tokens), dist.get_world_size(), args.batch_size
     fitting = [n for n in range(1, 9) if size % (n * world_size) == 0]
     args.micro_batch_size = args.micro_batch_size or max(fitting, default=1)
@@ -398,15 +397,15 @@ def plan_steps(row_tokens, args):
     if num_rows < size:
         fail(f"{args.data}: {num_rows} rows are fewer than --batch_size {size}; lower it")
     per_epoch = num_rows // size  # steps
-    max_steps = args.max_steps or max(1, int(args.epochs * num_rows / size))
-    args.warmup_steps = min(100, max_steps // 10) if args.warmup_steps is None else args.warmup_steps
+    args.max_steps = args.max_steps or max(1, int(args.epochs * num_rows / size))
+    args.warmup_steps = min(100, args.max_steps // 10) if args.warmup_steps is None else args.warmup_steps
     if dist.get_rank() == 0:
-        epochs = max_steps * size / num_rows
-        print(f"{max_steps} steps of {size}: {epochs:.2f} epochs, {args.warmup_steps} of warm-up"
+        epochs = args.max_steps * size / num_rows
+        print(f"{args.max_steps} steps of {size}: {epochs:.2f} epochs, {args.warmup_steps} of warm-up"
               + "\nwarning: a run of over 10 epochs memorises its data; lower --max_steps" * (epochs > 10))
     orders = [np.random.default_rng((args.seed, epoch)).permutation(num_rows)[:per_epoch * size]
-              for epoch in range(math.ceil(max_steps / per_epoch))]
-    steps = np.concatenate(orders).reshape(-1, size)[:max_steps]
+              for epoch in range(math.ceil(args.max_steps / per_epoch))]
+    steps = np.concatenate(orders).reshape(-1, size)[:args.max_steps]
     return np.stack([rows[np.argsort(-row_tokens[rows], kind="stable")] for rows in steps])
 
 
