@@ -15,7 +15,6 @@ temperatures do.
 """
 import argparse
 import json
-import logging
 import math
 import os
 import signal
@@ -26,9 +25,8 @@ from contextlib import contextmanager
 import deepspeed
 import torch
 import torch.distributed as dist
-import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
 
 def parse_args():
@@ -69,18 +67,20 @@ def main():
     tokenizer, model, ends = load_model(args.model, device, args.dtype)
 
     # ---- prompts, each once, without those that are too long
-    unique = {}
-    for row in read_jsonl(args.prompts, "prompt"):
-        unique.setdefault(json.dumps(row["prompt"]), row)
-    rows = list(unique.values())[:args.num_prompts or None]
-    with reading(args.prompts, "mend or drop that row"):
-        bar = tqdm(rows, "tokenising", disable=rank > 0)
-        prompts = [encode_prompt(tokenizer, row["prompt"]) for row in bar]
+    unique = {}  # {prompt: (its row, its token ids)}
+    with reading(args.prompts, "name a UTF-8 JSONL file"), open(args.prompts, encoding="utf-8-sig") as file:
+        for number, line in enumerate(tqdm(file, "tokenising", unit=" rows", disable=rank > 0), 1):
+            with reading(f"{args.prompts}, line {number}", "write an object with prompt"):
+                row = json.loads(line)
+                unique.setdefault(json.dumps(row["prompt"]), (row, encode_prompt(tokenizer, row["prompt"])))
+            if len(unique) == args.num_prompts:
+                break
+    rows, prompts = [row for row, _ in unique.values()], [ids for _, ids in unique.values()]
     max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
     kept = [i for i, ids in enumerate(prompts) if len(ids) + args.max_new_tokens <= max_length]
     if not kept:
-        fail(f"{args.prompts}: no prompt fits with --max_new_tokens {args.max_new_tokens} in --max_length "
-             f"{max_length} tokens, or the model's positions; raise or lower them")
+        fail(f"{args.prompts}: none of {len(rows)} prompts fits with --max_new_tokens {args.max_new_tokens} "
+             f"in --max_length {max_length}, or the model's positions; raise or lower them")
 
     # ---- batches by length, at each temperature; each process gets its share of every temperature
     kept.sort(key=lambda i: -len(prompts[i]))
@@ -137,11 +137,9 @@ def generate(model, prompts, temperature, top_p, max_new_tokens, ends):
     input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
     lengths = torch.tensor([[len(ids)] for ids in prompts], device=model.device)
     mask = (torch.arange(width, device=model.device) >= width - lengths).long()  # (B, T), padded left
-    sampling = {"do_sample": temperature > 0}
-    if temperature:
-        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
-                              pad_token_id=min(ends), **sampling)
+                              pad_token_id=min(ends), do_sample=temperature > 0, **sampling)
     output = model.generate(input_ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
     stops = [next((i for i, token in enumerate(ids) if token in ends), None) for ids in output]
     return [(ids[:stop], stop is not None) for ids, stop in zip(output, stops)]
@@ -160,13 +158,11 @@ def fail(message):
 
 
 @contextmanager
-def reading(what, mend):
-    """Turns any error inside into one line for the user: libraries raise anything where a file is damaged."""
+def reading(what, mend, errors=Exception):
+    """Turns an error inside into one line for the user: libraries raise anything where a file is damaged."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
+    except errors as error:
         fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.300}); {mend}")
 
 
@@ -184,8 +180,8 @@ def init_process(args):
     Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
     if "RANK" not in os.environ:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()
+    deepspeed.utils.logger.setLevel("WARNING")
+    logging.set_verbosity_error()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -195,10 +191,11 @@ def init_process(args):
         has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:  # processes share the cores: none may take all of them
-            here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-            torch.set_num_threads(max(1, torch.get_num_threads() // here))
+        if "OMP_NUM_THREADS" not in os.environ:  # the launcher's processes share the cores
+            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", 1))))
     deepspeed.init_distributed(verbose=False)
+    if dist.get_world_size() > 1:  # if another process has failed, the launcher ends this one meanwhile
+        sys.excepthook = lambda *error: (time.sleep(10), sys.__excepthook__(*error))
     if args.dtype == "auto":
         args.dtype = "bf16" if has_bf16 else "fp32"
     if dist.get_rank() == 0:
@@ -206,34 +203,10 @@ def init_process(args):
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def read_jsonl(path, *keys):
-    """Yields a JSONL file's rows (dicts). Each must hold text under `keys`; `prompt` may be chat messages."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                for key in keys:
-                    texts = [row[key]]
-                    if key == "prompt" and isinstance(row[key], list):
-                        texts = [turn[name] for turn in row[key] for name in ("role", "content")]
-                    if not all(isinstance(text, str) for text in texts) or key == "prompt" and not row[key]:
-                        raise TypeError(f"`{key}` holds no text")
-                    "".join(texts).encode()  # a lone surrogate is no text
-                yield row
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write an object with {', '.join(keys) or 'its keys'}")
-    if not number:
-        fail(f"{path}: it holds no rows")
-
-
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not "".join(message["content"] for message in messages):
-        raise ValueError("the prompt is empty")
+    assert "".join(message["content"] for message in messages), "the prompt is empty"
     if tokenizer.chat_template:  # code that came with a model: an endless loop ends after 30 seconds
         signal.signal(signal.SIGALRM, lambda *_: fail("the chat template takes over 30 s; mend it"))
         signal.alarm(30)
@@ -241,19 +214,12 @@ def encode_prompt(tokenizer, prompt):
         signal.alarm(0)
         return ids
     if not isinstance(prompt, str):
-        names = {"user": "Human", "assistant": "Assistant"}
-        turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
+        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
         prompt = "\n\n".join(turns + ["Assistant:\n"])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer(prompt, add_special_tokens=False).input_ids
 
 
 if __name__ == "__main__":
-    try:
+    with reading("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
         main()
-    except OSError as error:  # a full disk, no permission, a folder that has vanished
-        fail(f"{error}; mend that and run again")
-    except Exception:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            time.sleep(10)  # if another process has failed, the launcher ends this one before it complains
-        raise

@@ -19,7 +19,6 @@ float rounding.
 import argparse
 import hashlib
 import json
-import logging
 import math
 import os
 import signal
@@ -32,9 +31,8 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 from losses import last_token_rewards
 
@@ -64,16 +62,14 @@ def parse_args():
 def main():
     args = parse_args()
     device, rank, _ = init_process(args)
-    first = next(read_jsonl(args.data, "prompt"))
-    keys = ["response"] if "response" in first and "chosen" not in first else ["chosen", "rejected"]
-    if args.relabel and keys == ["response"]:
-        fail(f"--relabel: {args.data} holds no pairs; give rows with chosen and rejected, in any order")
 
     # ---- score the texts by one Oracle after the other
     rewards = {}  # {column: K of (N,)}
     for folder in args.oracle:
         tokenizer, model = load_oracle(folder, device, args.dtype)
-        texts, columns = read_texts(args.data, keys, tokenizer)
+        texts, columns = read_texts(args.data, tokenizer)
+        if args.relabel and "chosen" not in columns:
+            fail(f"--relabel: {args.data} holds no pairs; give rows with chosen and rejected, in any order")
         max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
         fits = [i for i, ids in enumerate(texts) if len(ids) <= max_length]
         if not fits:
@@ -91,19 +87,21 @@ def main():
     if rank == 0:
         if args.relabel:
             relabel(args.data, rewards, args.relabel)
-        extra = {"oracles": args.oracle, "data_sha256": sha256(args.relabel or args.data)}
+        sha256 = hashlib.file_digest(open(args.relabel or args.data, "rb"), "sha256").hexdigest()
         with reading(f"--out {args.out}.partial", "make room and run again"):
-            torch.save(rewards | extra, args.out + ".partial")
+            torch.save(rewards | {"oracles": args.oracle, "data_sha256": sha256}, args.out + ".partial")
         os.replace(args.out + ".partial", args.out)
-        scored = torch.stack([rewards[key] for key in keys]).isfinite().all(0).all(0)  # (N,)
+        pairs = "chosen" in rewards
+        margins = rewards["chosen"] - rewards["rejected"] if pairs else rewards["response"]  # (K, N)
+        scored = margins.isfinite().all(0)  # (N,)
         print(f"{args.out}: rewards of {len(scored)} rows by {len(args.oracle)} oracles; NaN for "
               f"{int((~scored).sum())} rows over --max_length {args.max_length}, or the model's positions")
         for k, folder in enumerate(args.oracle):
             figures = [f"mean {key} reward {column[k].nanmean():.3f}" for key, column in rewards.items()]
-            if keys[0] == "chosen":
-                margins = (rewards["chosen"] - rewards["rejected"])[k, scored]
-                figures = [f"chosen above rejected in {(margins > 0).float().mean():.3f} of pairs",
-                           f"margin {margins.mean():.3f} (std {margins.std():.3f})"]
+            if pairs:
+                margin = margins[k, scored]
+                figures = [f"chosen above rejected in {(margin > 0).float().mean():.3f} of pairs",
+                           f"margin {margin.mean():.3f} (std {margin.std():.3f})"]
             print(f"  {folder}: {', '.join(figures)}")
     dist.destroy_process_group()
 
@@ -122,29 +120,32 @@ def load_oracle(folder, device, dtype):
     return tokenizer, model.to(device).eval()
 
 
-def read_texts(path, keys, tokenizer):
+def read_texts(path, tokenizer):
     """(texts, columns): token ids of prompt + response, a text once, in a temporary file, so that memory does
     not grow with them; and {key: the number of each row's text, or -1}, `reference` too for generations."""
-    texts, ends, columns = {}, [], {key: [] for key in (*keys, "reference")}
-    ids = tempfile.TemporaryFile()
-    for line, row in enumerate(tqdm(read_jsonl(path, "prompt", *keys), "tokenising",
-                                    disable=dist.get_rank() > 0), 1):
-        prompt = None
-        for key, numbers in columns.items():
-            if not isinstance(row.get(key), str) or key == "reference" and keys != ["response"]:
-                numbers.append(-1)
-                continue
-            digest = hashlib.sha256(json.dumps([row["prompt"], row[key]]).encode()).digest()
-            numbers.append(texts.setdefault(digest, len(texts)))
-            if len(texts) > len(ends):
-                with reading(f"{path}, line {line}", "mend or drop that row"):
-                    prompt = prompt or encode_prompt(tokenizer, row["prompt"])
-                    text = np.array(prompt + encode_response(tokenizer, row[key]), np.int32)
-                ids.write(text)
-                ends.append(len(text) + (ends[-1] if ends else 0))
-    ids.flush()
-    return (np.split(np.asarray(np.memmap(ids, np.int32, "r")), ends[:-1]),
-            {key: numbers for key, numbers in columns.items() if max(numbers) >= 0})
+    texts, ends, ids = {}, [0], tempfile.TemporaryFile()
+    with reading(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(tqdm(file, "tokenising", unit=" rows", disable=dist.get_rank() > 0), 1):
+            with reading(f"{path}, line {number}", "write an object with prompt, chosen, rejected"):
+                row = json.loads(line)
+                if number == 1:
+                    generations = "response" in row and "chosen" not in row
+                    keys = ("response", "reference") if generations else ("chosen", "rejected")
+                    columns = {key: [] for key in keys}
+                prompt = encode_prompt(tokenizer, row["prompt"])
+                for key, numbers in columns.items():
+                    if key == "reference" and not isinstance(row.get(key), str):
+                        numbers.append(-1)
+                        continue
+                    digest = hashlib.sha256(json.dumps([row["prompt"], row[key]]).encode()).digest()
+                    numbers.append(texts.setdefault(digest, len(texts)))
+                    if len(texts) == len(ends):  # it is new
+                        text = prompt + encode_response(tokenizer, row[key])
+                        ids.write(np.array(text, np.int32))
+                        ends.append(ends[-1] + len(text))
+        ids.flush()
+        texts = np.split(np.asarray(np.memmap(ids, np.int32, "r")), ends[1:-1])
+    return texts, {key: numbers for key, numbers in columns.items() if max(numbers) >= 0}
 
 
 @torch.no_grad()
@@ -171,8 +172,9 @@ def relabel(data, rewards, path):
     """Writes the pairs to `path`, the response with the higher mean reward as `chosen`. Swaps rewards too."""
     chosen, rejected = rewards["chosen"], rewards["rejected"]
     swapped = rejected.mean(0) > chosen.mean(0)  # (N,); NaN: not swapped
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        for row, swap in zip(read_jsonl(data), swapped.tolist()):
+    with open(data, encoding="utf-8-sig") as lines, open(path + ".partial", "w", encoding="utf-8") as file:
+        for line, swap in zip(lines, swapped.tolist()):
+            row = json.loads(line)
             if swap:
                 row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -195,13 +197,11 @@ def fail(message):
 
 
 @contextmanager
-def reading(what, mend):
-    """Turns any error inside into one line for the user: libraries raise anything where a file is damaged."""
+def reading(what, mend, errors=Exception):
+    """Turns an error inside into one line for the user: libraries raise anything where a file is damaged."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
+    except errors as error:
         fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.300}); {mend}")
 
 
@@ -219,8 +219,8 @@ def init_process(args):
     Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
     if "RANK" not in os.environ:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()
+    deepspeed.utils.logger.setLevel("WARNING")
+    logging.set_verbosity_error()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -230,10 +230,11 @@ def init_process(args):
         has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:  # processes share the cores: none may take all of them
-            here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-            torch.set_num_threads(max(1, torch.get_num_threads() // here))
+        if "OMP_NUM_THREADS" not in os.environ:  # the launcher's processes share the cores
+            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", 1))))
     deepspeed.init_distributed(verbose=False)
+    if dist.get_world_size() > 1:  # if another process has failed, the launcher ends this one meanwhile
+        sys.excepthook = lambda *error: (time.sleep(10), sys.__excepthook__(*error))
     if args.dtype == "auto":
         args.dtype = "bf16" if has_bf16 else "fp32"
     if dist.get_rank() == 0:
@@ -241,40 +242,10 @@ def init_process(args):
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def sha256(path):
-    """The sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_jsonl(path, *keys):
-    """Yields a JSONL file's rows (dicts). Each must hold text under `keys`; `prompt` may be chat messages."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                for key in keys:
-                    texts = [row[key]]
-                    if key == "prompt" and isinstance(row[key], list):
-                        texts = [turn[name] for turn in row[key] for name in ("role", "content")]
-                    if not all(isinstance(text, str) for text in texts) or key == "prompt" and not row[key]:
-                        raise TypeError(f"`{key}` holds no text")
-                    "".join(texts).encode()  # a lone surrogate is no text
-                yield row
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{path}, line {number}: {error!r:.100}; write an object with {', '.join(keys) or 'its keys'}")
-    if not number:
-        fail(f"{path}: it holds no rows")
-
-
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not "".join(message["content"] for message in messages):
-        raise ValueError("the prompt is empty")
+    assert "".join(message["content"] for message in messages), "the prompt is empty"
     if tokenizer.chat_template:  # code that came with a model: an endless loop ends after 30 seconds
         signal.signal(signal.SIGALRM, lambda *_: fail("the chat template takes over 30 s; mend it"))
         signal.alarm(30)
@@ -282,8 +253,7 @@ def encode_prompt(tokenizer, prompt):
         signal.alarm(0)
         return ids
     if not isinstance(prompt, str):
-        names = {"user": "Human", "assistant": "Assistant"}
-        turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
+        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
         prompt = "\n\n".join(turns + ["Assistant:\n"])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer(prompt, add_special_tokens=False).input_ids
@@ -292,18 +262,11 @@ def encode_prompt(tokenizer, prompt):
 def encode_response(tokenizer, response):
     """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
     a chat template a response loses its leading space, which parts it from a plain-text prompt."""
-    if not isinstance(response, str):
-        raise TypeError("a response is no text")
+    assert isinstance(response, str), "a response is no text"
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
 if __name__ == "__main__":
-    try:
+    with reading("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
         main()
-    except OSError as error:  # a full disk, no permission, a folder that has vanished
-        fail(f"{error}; mend that and run again")
-    except Exception:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            time.sleep(10)  # if another process has failed, the launcher ends this one before it complains
-        raise

@@ -13,7 +13,6 @@ Rows are padded right: under a causal mask no token sees padding, and no mask is
 import argparse
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -29,10 +28,8 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
-from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
 from losses import response_logps
 
@@ -78,14 +75,11 @@ def main():
     # ---- model and data
     tokenizer, lm = load_model(args.model)
     args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
-    key, eval_examples = response_key(args.data), []
-    examples = Rows(args.data, [key], tokenizer, args.max_length)
-    if args.eval_data:
-        key = response_key(args.eval_data)
-        eval_examples = Rows(args.eval_data, [key], tokenizer, args.max_length, args.eval_rows)
+    examples = Rows(args.data, [response_key(args.data)], tokenizer, args.max_length)
+    eval_examples = args.eval_data and Rows(args.eval_data, [response_key(args.eval_data)], tokenizer,
+                                            args.max_length, args.eval_rows)
     row_tokens, response_tokens = examples.lengths.sum(1), examples.lengths[:, 1]  # (N,), (N,); EOS included
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
-    max_steps = len(steps)
 
     # ---- model, optimizer, engine
     if args.gradient_checkpointing:
@@ -95,16 +89,16 @@ def main():
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
     groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (  # warm-up, then a cosine to 0
-        (step + 1) / args.warmup_steps if step < args.warmup_steps else
-        0.5 + 0.5 * math.cos(math.pi * (step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))))
+    warmup, decay = args.warmup_steps, max(1, args.max_steps - args.warmup_steps)  # then a cosine to 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (
+        (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / decay)))
     engine = make_engine(model, optimizer, schedule, args)
     state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
 
     # ---- training
     nll, tokens, targets, start = torch.zeros(1, device=device), 0, 0, time.time()
     done = state["step"]
-    bar = tqdm(steps[done:], "sft", initial=done, total=max_steps, disable=rank > 0)
+    bar = tqdm(steps[done:], "sft", initial=done, total=args.max_steps, disable=rank > 0)
     for step, rows in enumerate(bar, done + 1):
         learning_rate = optimizer.param_groups[0]["lr"]
         micro_batches = rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]
@@ -121,9 +115,9 @@ def main():
             fail(f"step {step}: the loss or its gradient is not finite; lower --learning_rate, or look at "
                  f"{args.data}, lines {sorted(examples.lines[rows].tolist())}")
 
-        evaluates = eval_examples and (step % args.eval_steps == 0 or step == max_steps)
+        evaluates = eval_examples and (step % args.eval_steps == 0 or step == args.max_steps)
         saves = args.save_steps and step % args.save_steps == 0
-        if evaluates or saves or step in (1, max_steps) or step % args.log_steps == 0:
+        if evaluates or saves or step in (1, args.max_steps) or step % args.log_steps == 0:
             dist.all_reduce(nll)
             log(args, step, [{"loss": nll / targets}], epoch=step * args.batch_size / len(examples),
                 learning_rate=learning_rate, grad_norm=grad_norm,
@@ -135,10 +129,6 @@ def main():
             nll, tokens, targets, start = torch.zeros(1, device=device), 0, 0, time.time()
     dist.barrier()  # with no steps left after --resume another process may still read the checkpoint
     save_model(lm, tokenizer, args.out)
-    if rank == 0:
-        for path in glob(f"{args.out}/checkpoint/step*/state.pt"):
-            os.remove(path)  # first: what is left of a checkpoint is none without it
-        shutil.rmtree(f"{args.out}/checkpoint", ignore_errors=True)
     dist.destroy_process_group()
 
 
@@ -197,9 +187,7 @@ def response_key(path):
 class Rows:
     """Token ids of a JSONL file's rows that fit in max_length. They lie in a temporary file, so that memory
     does not grow. rows[i] is a list of int32 arrays: the prompt, and the responses under `keys`.
-
-    lines: (N,), line numbers in the file. lengths: (N, 1 + responses), tokens of each, EOS included.
-    """
+    lines: (N,), line numbers in the file. lengths: (N, 1 + responses), tokens of each, EOS included."""
 
     def __init__(self, path, keys, tokenizer, max_length, limit=0):
         number, lines, lengths, ids = 0, [], [], tempfile.TemporaryFile()
@@ -233,44 +221,42 @@ class Rows:
 def plan_steps(row_tokens, args):
     """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor
     --resume change them. Within a step the longest come first, so that a micro-batch holds little padding.
-    Sets the defaults of --micro_batch_size and --warmup_steps."""
-    num_rows, world_size = len(row_tokens), dist.get_world_size()
+    Sets the defaults of --micro_batch_size, --max_steps and --warmup_steps."""
+    num_rows, world_size, size = len(row_tokens), dist.get_world_size(), args.batch_size
+    fitting = [n for n in range(1, 9) if size % (n * world_size) == 0]
+    args.micro_batch_size = args.micro_batch_size or max(fitting, default=1)
     if args.max_steps and args.epochs:
         fail("--max_steps and --epochs both say how long to train; give one of them")
-    share = max(1, args.batch_size // world_size)  # of one process
-    args.micro_batch_size = min(share, args.micro_batch_size or max(n for n in range(1, 9) if share % n == 0))
-    if args.batch_size % (args.micro_batch_size * world_size):
-        fail(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x "
+    if size % (args.micro_batch_size * world_size):
+        fail(f"--batch_size {size} is no multiple of --micro_batch_size {args.micro_batch_size} x "
              f"{world_size} processes; change one of them")
-    if num_rows < args.batch_size:
-        fail(f"{args.data}: {num_rows} rows are fewer than --batch_size {args.batch_size}; lower it")
-    max_steps = args.max_steps or max(1, int(args.epochs * num_rows / args.batch_size))
-    epochs, per_epoch = max_steps * args.batch_size / num_rows, num_rows // args.batch_size
-    args.warmup_steps = min(100, max_steps // 10) if args.warmup_steps is None else args.warmup_steps
+    if num_rows < size:
+        fail(f"{args.data}: {num_rows} rows are fewer than --batch_size {size}; lower it")
+    per_epoch = num_rows // size  # steps
+    args.max_steps = args.max_steps or max(1, int(args.epochs * num_rows / size))
+    args.warmup_steps = min(100, args.max_steps // 10) if args.warmup_steps is None else args.warmup_steps
     if dist.get_rank() == 0:
-        print(f"{max_steps} steps of {args.batch_size}: {epochs:.2f} epochs, {args.warmup_steps} of warm-up"
+        epochs = args.max_steps * size / num_rows
+        print(f"{args.max_steps} steps of {size}: {epochs:.2f} epochs, {args.warmup_steps} of warm-up"
               + "\nwarning: a run of over 10 epochs memorises its data; lower --max_steps" * (epochs > 10))
-    orders = [np.random.default_rng((args.seed, epoch)).permutation(num_rows)[:per_epoch * args.batch_size]
-              for epoch in range(math.ceil(max_steps / per_epoch))]
-    steps = np.concatenate(orders).reshape(-1, args.batch_size)[:max_steps]
+    orders = [np.random.default_rng((args.seed, epoch)).permutation(num_rows)[:per_epoch * size]
+              for epoch in range(math.ceil(args.max_steps / per_epoch))]
+    steps = np.concatenate(orders).reshape(-1, size)[:args.max_steps]
     return np.stack([rows[np.argsort(-row_tokens[rows], kind="stable")] for rows in steps])
 
 
 def make_engine(model, optimizer, schedule, args):
     """DeepSpeed's engine by --deepspeed_config, with this run's batch sizes and dtype. One CPU process runs
     without ZeRO: it has nothing to share out, and ZeRO would copy weights and gradients."""
-    with reading(f"--deepspeed_config {args.deepspeed_config}", "start from the ds_config.json given here"):
-        with open(args.deepspeed_config) as file:
-            config = json.load(file)
+    with reading("--deepspeed_config", "take the ds_config.json here"), open(args.deepspeed_config) as file:
+        config = json.load(file)
         stage, clipping = config["zero_optimization"]["stage"], float(config.get("gradient_clipping", 0))
-        assert stage in (0, 1, 2), f"its ZeRO stage is {stage}; 0, 1 and 2 work"
-        assert clipping >= 0, "its clipping is negative"
+        assert stage in (0, 1, 2) and clipping >= 0, "take ZeRO stage 0, 1 or 2, and clipping of 0 or more"
         on_gpu = torch.cuda.is_available()
-        config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
-                   "train_micro_batch_size_per_gpu": args.micro_batch_size,
-                   "bf16": {"enabled": on_gpu and args.dtype == "bf16"}}
-        alone_on_cpu = not on_gpu and dist.get_world_size() == 1
-        if not config["bf16"]["enabled"] and (stage == 0 or alone_on_cpu):
+        bf16 = on_gpu and args.dtype == "bf16"
+        config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31, "bf16": {"enabled": bf16},
+                   "train_micro_batch_size_per_gpu": args.micro_batch_size}
+        if (stage == 0 and not bf16) or (not on_gpu and dist.get_world_size() == 1):
             config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
             weights = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -281,31 +267,29 @@ def make_engine(model, optimizer, schedule, args):
 
 
 def start_run(engine, args):
-    """The state to start from: the run (flags, files), its step, the length of its log. --resume loads the
-    newest checkpoint. It fails if a file, the number of processes or a flag differs; those in `may_change`
-    may. Without --resume a folder that holds a checkpoint is an error, and a finished run is replaced."""
+    """The state to start from: flags and files of the run, its step, its log's length. --resume loads the
+    last checkpoint, and fails if a file, the number of processes or a flag not in `may_change` differs.
+    Without it a folder that holds a checkpoint is an error, and a finished run is replaced."""
     may_change = ("resume", "local_rank", "out", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
-    names = "data", "eval_data", "oracle_rewards", "eval_oracle_rewards", "deepspeed_config"
-    files = {f"sha256 of {path}": sha256(path) for path in map(vars(args).get, names) if path}
-    run = vars(args) | {"processes": dist.get_world_size()} | files
+    run = vars(args) | {"processes": dist.get_world_size()}
+    for path in filter(os.path.isfile, map(str, vars(args).values())):
+        run[f"sha256 of {path}"] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
     state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
-    steps = [int(path.split("/")[0][4:]) for path in glob("step*/state.pt", root_dir=folder)]
-    saved = f"{folder}/step{max(steps, default=0)}"
-    if bool(steps) != args.resume:
+    if os.path.exists(f"{folder}/state.pt") != args.resume:
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {saved}", "delete it to start anew"):
-            state = torch.load(f"{saved}/state.pt", weights_only=True)
+        with reading(f"--resume: {folder}", "delete it to start anew"):
+            state = torch.load(f"{folder}/state.pt", weights_only=True)
             for name, value in run.items():
                 before = state["run"].get(name)
                 if name not in may_change and value != before:
                     fail(f"--resume: {name} was {before} and is now {value}; go on as the run began")
-            for path in glob(f"{saved}/*.pt"):  # DeepSpeed would run any code that lies in them
+            for path in glob(f"{folder}/step{state['step']}/*.pt"):  # DeepSpeed would run their code
                 names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
                 assert all(name.startswith("deepspeed.") for name in names), f"{path} holds {names}"
-            engine.load_checkpoint(*os.path.split(saved))
+            engine.load_checkpoint(folder, f"step{state['step']}")
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
         with open(f"{args.out}/args.json", "w") as file:
@@ -318,8 +302,7 @@ def start_run(engine, args):
 
 def log(args, step, window, prefix="", **figures):
     """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
-    window: the metrics of this process's pairs, dicts of (B,). One that is NaN for every pair, for want of
-    Oracle rewards, is not written."""
+    window: metrics of this process's pairs, dicts of (B,). One that is NaN for every pair is left out."""
     here = {prefix + name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
@@ -335,23 +318,20 @@ def log(args, step, window, prefix="", **figures):
 
 
 def save_checkpoint(engine, args, state):
-    """Writes <out>/checkpoint/step<k> whole or not at all, then deletes the one before it."""
-    folder = f"{args.out}/checkpoint"
-    with reading(f"{folder}/partial", "make room, then go on with --resume"):
-        engine.save_checkpoint(folder, tag="partial", save_latest=False)
+    """Writes <out>/checkpoint/step<k>, then state.pt, which names the whole one, and deletes the others."""
+    folder, step = f"{args.out}/checkpoint", f"step{state['step']}"
+    with reading(f"{folder}/{step}", "make room, then go on with --resume"):
+        engine.save_checkpoint(folder, step, save_latest=False)
         if dist.get_rank() == 0:
             state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
-            torch.save(state, f"{folder}/partial/state.pt")
-    if dist.get_rank() == 0:
-        before = glob(f"{folder}/step*")
-        os.replace(f"{folder}/partial", f"{folder}/step{state['step']}")
-        for path in before:
-            shutil.rmtree(path)
+            torch.save(state, f"{folder}/partial")
+            os.replace(f"{folder}/partial", f"{folder}/state.pt")
+            for before in {*glob(f"{folder}/step*")} - {f"{folder}/{step}"}:
+                shutil.rmtree(before)
 
 
-def save_model(lm, tokenizer, folder, head=None):
-    """Writes model and tokenizer, each file whole or not at all. A policy's head is put beside the model:
-    programs that serve causal LMs refuse a model with a tensor too many."""
+def save_model(lm, tokenizer, folder):
+    """Writes model and tokenizer, each file whole or not at all, and deletes the checkpoint."""
     if not all(weight.isfinite().all() for weight in lm.parameters()):
         fail(f"{folder}: the weights are not finite and are not saved; lower --learning_rate")
     if dist.get_rank() == 0:
@@ -359,13 +339,12 @@ def save_model(lm, tokenizer, folder, head=None):
         with reading(partial, "make room, then go on with --resume"):
             lm.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            if head:
-                save_file({"score.weight": head.weight.data}, f"{partial}/score.safetensors")
-        if not head and os.path.exists(f"{folder}/score.safetensors"):  # an older run's
-            os.remove(f"{folder}/score.safetensors")
         for name in os.listdir(partial):
             os.replace(f"{partial}/{name}", f"{folder}/{name}")
         os.rmdir(partial)
+        for path in glob(f"{folder}/checkpoint/state.pt"):
+            os.remove(path)  # first: what is left of a checkpoint is none without it
+        shutil.rmtree(f"{folder}/checkpoint", ignore_errors=True)
         print(f"{folder}: model and tokenizer written")
 
 
@@ -379,13 +358,11 @@ def fail(message):
 
 
 @contextmanager
-def reading(what, mend):
-    """Turns any error inside into one line for the user: libraries raise anything where a file is damaged."""
+def reading(what, mend, errors=Exception):
+    """Turns an error inside into one line for the user: libraries raise anything where a file is damaged."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
+    except errors as error:
         fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.300}); {mend}")
 
 
@@ -403,8 +380,8 @@ def init_process(args):
     Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
     if "RANK" not in os.environ:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()
+    deepspeed.utils.logger.setLevel("WARNING")
+    logging.set_verbosity_error()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -414,21 +391,16 @@ def init_process(args):
         has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:  # processes share the cores: none may take all of them
-            here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-            torch.set_num_threads(max(1, torch.get_num_threads() // here))
+        if "OMP_NUM_THREADS" not in os.environ:  # the launcher's processes share the cores
+            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", 1))))
     deepspeed.init_distributed(verbose=False)
+    if dist.get_world_size() > 1:  # if another process has failed, the launcher ends this one meanwhile
+        sys.excepthook = lambda *error: (time.sleep(10), sys.__excepthook__(*error))
     if args.dtype == "auto":
         args.dtype = "bf16" if has_bf16 else "fp32"
     if dist.get_rank() == 0:
         print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
     return device, dist.get_rank(), dist.get_world_size()
-
-
-def sha256(path):
-    """The sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_model(folder):
@@ -451,8 +423,7 @@ def load_model(folder):
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not "".join(message["content"] for message in messages):
-        raise ValueError("the prompt is empty")
+    assert "".join(message["content"] for message in messages), "the prompt is empty"
     if tokenizer.chat_template:  # code that came with a model: an endless loop ends after 30 seconds
         signal.signal(signal.SIGALRM, lambda *_: fail("the chat template takes over 30 s; mend it"))
         signal.alarm(30)
@@ -460,8 +431,7 @@ def encode_prompt(tokenizer, prompt):
         signal.alarm(0)
         return ids
     if not isinstance(prompt, str):
-        names = {"user": "Human", "assistant": "Assistant"}
-        turns = [f"{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
+        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
         prompt = "\n\n".join(turns + ["Assistant:\n"])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer(prompt, add_special_tokens=False).input_ids
@@ -470,18 +440,11 @@ def encode_prompt(tokenizer, prompt):
 def encode_response(tokenizer, response):
     """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
     a chat template a response loses its leading space, which parts it from a plain-text prompt."""
-    if not isinstance(response, str):
-        raise TypeError("a response is no text")
+    assert isinstance(response, str), "a response is no text"
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
 if __name__ == "__main__":
-    try:
+    with reading("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
         main()
-    except OSError as error:  # a full disk, no permission, a folder that has vanished
-        fail(f"{error}; mend that and run again")
-    except Exception:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            time.sleep(10)  # if another process has failed, the launcher ends this one before it complains
-        raise

@@ -183,7 +183,7 @@ class Run:
         text = self.text()
         if self.fresh("partial") or re.search("model.* tokenizer.* written", text):
             return "saving"
-        if self.fresh("checkpoint/partial"):
+        if any(self.fresh(path) and not whole(path) for path in glob.glob(f"{self.out}/checkpoint/step*")):
             return "checkpoint"
         if re.search(r"(sft|oracle|align \w+): +\d+%", text):
             return "steps"
@@ -247,7 +247,7 @@ def torment(lab, bar, stage, flags, processes, kills, rng):
     begins = [seen[phase] for phase in PHASES if phase in seen and phase != "checkpoint"] + [life]
     ends = {phase: min(begin for begin in begins if begin > start) for phase, start in seen.items()}
     while report["phases"].total() < kills or has(run.out, stage):
-        resume = stage in TRAINERS and bool(glob.glob(f"{run.out}/checkpoint/step*"))
+        resume = stage in TRAINERS and os.path.exists(f"{run.out}/checkpoint/state.pt")
         if stage in TRAINERS and report["phases"].total() == 1 and "refused" not in report:
             report["refused"] = True
             run = Run(lab, flags, processes, out, not resume)
@@ -284,6 +284,14 @@ def torment(lab, bar, stage, flags, processes, kills, rng):
     return report
 
 
+def whole(step):
+    """Whether state.pt, which is written last, is newer than this folder of a checkpoint."""
+    try:
+        return os.stat(Path(step).parent / "state.pt").st_mtime >= os.stat(step).st_mtime
+    except OSError:
+        return False
+
+
 def has(out, stage):
     """Whether a run has begun there and not ended."""
     return os.path.exists(out) or bool(glob.glob(f"{out}*partial"))
@@ -297,7 +305,8 @@ def remove(out):
 
 def lost(out):
     """The steps in the log that a run which goes on has to do again."""
-    saved = [int(path.rsplit("step", 1)[1]) for path in glob.glob(f"{out}/checkpoint/step*")]
+    steps = [path for path in glob.glob(f"{out}/checkpoint/step*") if whole(path)]
+    saved = [int(path.rsplit("step", 1)[1]) for path in steps]
     try:
         reached = [json.loads(line)["step"] for line in open(out / "log.jsonl")]
     except (OSError, ValueError):

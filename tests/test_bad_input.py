@@ -101,8 +101,8 @@ PARTS = [f"model-0000{k}-of-00002.safetensors" for k in (1, 2)]
 SHARDS = {"metadata": {}, "weight_map": {"lm_head.weight": PARTS[0], "model.norm.weight": PARTS[1]}}
 REMOTE = settings(model_type="theirs", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
 ZERO_3, PAIR = b'{"zero_optimization": {"stage": 3}}', b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
-CHECKPOINT = "stopped/checkpoint/step2"
-RESUME, STATE = f"{DPO} --max_steps 2 --out stopped --resume", f"{CHECKPOINT}/mp_rank_00_model_states.pt"
+CHECKPOINT = "stopped/checkpoint"
+RESUME, STATE = f"{DPO} --max_steps 2 --out stopped --resume", f"{CHECKPOINT}/step2/mp_rank_00_model_states.pt"
 
 
 def rewards(**changes):
@@ -143,7 +143,7 @@ CASES = {
     "no messages": (*pairs(prompt=[]), [f"{TRAIN}, line 3", "empty"]),
     "a message without a role": (*pairs(prompt=[{"content": "a"}]), [f"{TRAIN}, line 3", "'role'"]),
     "a message without text": (f"{ANSWER} --prompts {TRAIN}", {
-        TRAIN: row(prompt=[{"role": "user", "content": None}])}, [f"{TRAIN}, line 3", "`prompt`"]),
+        TRAIN: row(prompt=[{"role": "user", "content": None}])}, [f"{TRAIN}, line 3", "with prompt"]),
     "messages that are no objects": (SCORE, {TRAIN: row(prompt=["a"])}, [f"{TRAIN}, line 3"]),
     "held-out data": (f"{DPO} --eval_data {HELD_OUT}", {HELD_OUT: line("{")}, [f"{HELD_OUT}, line 3"]),
     "generations without a response": (JUDGE, {ANSWERS: row(response=None)},

@@ -219,7 +219,7 @@ def test_resuming_is_bitwise_the_run_that_was_not_interrupted(lab, tmp_path):
     flags = [*align_flags(lab, "dpo"), "--max_steps", 7, "--save_steps", 4, "--log_steps", 3]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     together((run, *flags, "--out", whole), (stop_while_saving, flags, stopped))
-    (stopped / "checkpoint" / "partial").mkdir()  # as a crash in the next checkpoint leaves it
+    (stopped / "checkpoint" / "step7").mkdir()  # as a crash in the next checkpoint leaves it
     with open(stopped / "log.jsonl", "a") as file:
         file.write('{"step": 8, "lo')
     forgot, beta, processes = together(

@@ -1,5 +1,6 @@
 """Other programs take the policy that align.py --loss drdo writes: llama.cpp's converter finds a place for every
 tensor (`gguf`, its own package), and `transformers serve` answers a chat request."""
+import hashlib
 import json
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def drdo(tmp_path_factory):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     toy.write_jsonl(f"{home}/pairs.jsonl", pairs)
     torch.save({"chosen": torch.randn(1, 8), "rejected": torch.randn(1, 8), "oracles": ["random"],
-                "data_sha256": align.sha256(home / "pairs.jsonl")}, home / "rewards.pt")
+                "data_sha256": hashlib.sha256((home / "pairs.jsonl").read_bytes()).hexdigest()}, home / "rewards.pt")
     folders = {}
     for name, (model, config) in MODELS.items():
         ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)
