@@ -54,7 +54,7 @@ def parse_args():
     flag("--alpha", type=float, default=0.1, help="drdo: weight of the contrastive log-unlikelihood")
     flag("--gamma", type=float, default=2.0, help="drdo: focal exponent of (1 - p_w)")
     flag("--beta", type=float, default=0.1, help="dpo, edpo, ipo; drdo with logps or log_ratio")
-    flag("--ensemble", choices=["mean", "min"], default="mean", help="edpo: over the reward models")
+    flag("--ensemble", choices=["mean", "min"], default="mean", help="edpo: distil the mean, or the nearest")
     flag = parser.add_argument_group("readings of Eq. 6 (default: the paper's), controls").add_argument
     flag("--student_rewards", choices=["head", "logps", "log_ratio"], default="head",
          help="drdo: r^ by a linear head at EOS, beta * log pi(y|x), or beta * (log pi - log pi at start)")
