@@ -1,4 +1,4 @@
-"""Shared by the tests: scripts are importable and run as programs; one process group of one process is there."""
+"""Shared by the tests: they import scripts, run them as programs, and have a process group of one process."""
 import multiprocessing.connection
 import os
 import runpy
@@ -58,16 +58,16 @@ def ends(commands):
     it ends all of them soon after one has failed. Returns (status, stdout, stderr) of them together."""
     with tempfile.TemporaryDirectory() as logs:
         shared = {"WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        processes = [CONTEXT.Process(target=child, args=(
-            f"{logs}/{rank}", *command, shared | {"RANK": rank, "LOCAL_RANK": rank} if len(commands) > 1 else {}))
-            for rank, command in enumerate(commands)]
-        for process in processes:
-            process.start()
+        processes = []
+        for rank, command in enumerate(commands):
+            environ = shared | {"RANK": rank, "LOCAL_RANK": rank} if len(commands) > 1 else {}
+            processes.append(CONTEXT.Process(target=child, args=(f"{logs}/{rank}", *command, environ)))
+            processes[-1].start()
         running, status = list(processes), 0
         while running and not status:
             ended = multiprocessing.connection.wait([process.sentinel for process in running], timeout=120)
             assert ended, f"{commands} take over two minutes"
-            status = max((abs(process.exitcode) for process in running if process.sentinel in ended), default=0)
+            status = max(abs(process.exitcode) for process in running if process.sentinel in ended)
             running = [process for process in running if process.sentinel not in ended]
         for process in running:
             process.join(1)

@@ -47,7 +47,7 @@ from toy import fail, write_jsonl
 # ---- the study ---------------------------------------------------------------------------------------------
 
 # Names, flags and whose rewards a method learns are lab.py's. Here are the settings. All methods train for as
-# many steps. --choose tries four settings a method: learning rates and betas, or learning rates alone. Use the
+# many steps. --choose tries four settings a method: learning rates and betas, or rates alone. Use the
 # one that wins most against the start by the true reward, on average over CHOOSING_CELLS.
 WITH_BETA = [f"--learning_rate {rate} --beta {beta}" for rate in (5e-5, 1e-4) for beta in (0.03, 0.1)]
 WITHOUT_BETA = [f"--learning_rate {rate}" for rate in (2e-5, 5e-5, 1e-4, 2e-4)]

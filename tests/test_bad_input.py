@@ -102,7 +102,8 @@ SHARDS = {"metadata": {}, "weight_map": {"lm_head.weight": PARTS[0], "model.norm
 REMOTE = settings(model_type="theirs", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
 ZERO_3, PAIR = b'{"zero_optimization": {"stage": 3}}', b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 CHECKPOINT = "stopped/checkpoint"
-RESUME, STATE = f"{DPO} --max_steps 2 --out stopped --resume", f"{CHECKPOINT}/step2/mp_rank_00_model_states.pt"
+RESUME = f"{DPO} --max_steps 2 --out stopped --resume"
+STATE = f"{CHECKPOINT}/step2/mp_rank_00_model_states.pt"
 
 
 def rewards(**changes):

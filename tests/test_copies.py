@@ -28,15 +28,16 @@ def test_copies_are_identical():
     assert not different
 
 
+def imports(script):
+    nodes = list(ast.walk(ast.parse((ROOT / f"{script}.py").read_text())))
+    return {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names} | {
+        node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
 def test_stages_share_losses_alone():
     for stage in STAGES:
-        for node in ast.walk(ast.parse((ROOT / f"{stage}.py").read_text())):
-            modules = [name.name for name in node.names] if isinstance(node, ast.Import) else \
-                [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert not set(modules) & set(STAGES), f"{stage}.py imports {modules}"
+        assert not imports(stage) & set(STAGES), stage
 
 
 def test_losses_needs_torch_alone():
-    imports = {(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
-               for node in ast.walk(ast.parse((ROOT / "losses.py").read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))}
-    assert imports == {"torch"}
+    assert {module.split(".")[0] for module in imports("losses")} == {"torch"}

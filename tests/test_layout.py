@@ -1,12 +1,12 @@
-"""What a pair scores does not depend on its batch, on padding or on the one-row layout; compared in fp64 with the models'
-own forward on prompt + response alone."""
+"""A pair scores the same in any batch, with padding and in the one-row layout as in the model's own forward
+on prompt + response alone. The models compute in fp64."""
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig, LlamaConfig, OPTConfig,
-                          Phi3Config)
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig,
+                          LlamaConfig, OPTConfig, Phi3Config)
 
 import align
 import losses
@@ -14,13 +14,13 @@ import oracle
 import precompute_rewards
 import sft
 
-SHAPE = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+SHAPE = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=64, pad_token_id=1)
 CONFIGS = {
-    "opt": OPTConfig(**SHAPE, ffn_dim=32, word_embed_proj_dim=8, pad_token_id=1, dropout=0.0),
-    "llama": LlamaConfig(**SHAPE, intermediate_size=32, num_key_value_heads=2, pad_token_id=1),
-    "phi3": Phi3Config(**SHAPE, intermediate_size=32, num_key_value_heads=4, pad_token_id=1, eos_token_id=2, bos_token_id=3,
-                       sliding_window=47),
-    "gpt_neox": GPTNeoXConfig(**SHAPE, intermediate_size=32, pad_token_id=1),
+    "opt": OPTConfig(**SHAPE, ffn_dim=32, word_embed_proj_dim=8, dropout=0.0),
+    "llama": LlamaConfig(**SHAPE, intermediate_size=32, num_key_value_heads=2),
+    "phi3": Phi3Config(**SHAPE, intermediate_size=32, eos_token_id=2, bos_token_id=3, sliding_window=47),
+    "gpt_neox": GPTNeoXConfig(**SHAPE, intermediate_size=32),
 }
 
 
@@ -40,7 +40,7 @@ def models(request, tmp_path_factory):
 
 
 def pairs():
-    """Pairs of many lengths; the EOS of the first response is also a word in the others, a pad a word in some."""
+    """Pairs of many lengths. A response's last token is a word in others, the pad id a word in some."""
     generator = np.random.default_rng(0)
     lengths = [(9, 5, 12), (1, 1, 1), (20, 3, 2), (4, 15, 15), (12, 1, 9)]
     return [[generator.integers(0, 61, n, dtype=np.int32) for n in row] for row in lengths]
@@ -55,14 +55,14 @@ def own_logp(lm, prompt, response):
     """log pi(response|prompt) by the model's own forward, a plain loop over its softmax."""
     ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long)[None]
     probabilities = lm(ids).logits[0].softmax(-1)
-    return sum(probabilities[len(prompt) + i - 1, token].log() for i, token in enumerate(response.tolist()))
+    return sum(probabilities[len(prompt) + i - 1, token].log().item() for i, token in enumerate(response))
 
 
 def own_reward(classifier, prompt, response):
     """The sequence classifier's own logit; without a pad id it reads the last token."""
     ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long)[None]
     pad, classifier.config.pad_token_id = classifier.config.pad_token_id, None
-    reward = classifier(ids).logits[0, 0]
+    reward = classifier(ids).logits[0, 0].item()
     classifier.config.pad_token_id = pad
     return reward
 
@@ -73,8 +73,8 @@ def test_a_row_of_two_responses_scores_as_two_rows(models):
     logps, rewards = model(pairs())
     for i, (prompt, *responses) in enumerate(pairs()):
         for j, response in enumerate(responses):
-            assert logps[i, j].item() == pytest.approx(own_logp(model.lm, prompt, response).item(), rel=1e-10)
-            assert rewards[i, j].item() == pytest.approx(own_reward(classifier, prompt, response).item(), rel=1e-9)
+            assert logps[i, j].item() == pytest.approx(own_logp(model.lm, prompt, response), rel=1e-10)
+            assert rewards[i, j].item() == pytest.approx(own_reward(classifier, prompt, response), rel=1e-9)
 
 
 @torch.no_grad()
@@ -87,17 +87,17 @@ def test_scores_do_not_depend_on_the_batch_or_on_padding(models):
 
 def test_loss_and_gradient_are_the_mean_over_pairs_alone(models):
     model, _ = models
-    parameters = [p for name, p in model.lm.named_parameters()]
 
     def drdo(batch):
         logps, rewards = model(batch)
-        return losses.drdo_loss(*logps.unbind(1), *rewards.unbind(1), torch.ones(len(batch)), torch.zeros(len(batch)), gamma=0.0)
+        targets = torch.ones(len(batch)), torch.zeros(len(batch))
+        return losses.drdo_loss(*logps.unbind(1), *rewards.unbind(1), *targets, gamma=0.0)
 
     together = drdo(pairs())
     alone = torch.cat([drdo([pair]) for pair in pairs()])
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
-    for a, b in zip(torch.autograd.grad(together.mean(), parameters), torch.autograd.grad(alone.mean(), parameters)):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    gradients = [torch.autograd.grad(loss.mean(), list(model.lm.parameters())) for loss in (together, alone)]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
 
 
 @torch.no_grad()
@@ -116,10 +116,10 @@ def test_sft_and_scoring_need_no_mask(models, process_group):
     model, classifier = models
     examples = [pair[:2] for pair in pairs()]
     logps = sft.ResponseModel(model.lm)(examples)
-    expected = [own_logp(model.lm, *example).item() for example in examples]
+    expected = [own_logp(model.lm, *example) for example in examples]
     assert logps.tolist() == pytest.approx(expected, rel=1e-10)
     texts = [np.concatenate(example).tolist() for example in examples]
-    expected = [own_reward(classifier, *example).item() for example in examples]
+    expected = [own_reward(classifier, *example) for example in examples]
     for batch_size in (1, 2, 5):
         scores = precompute_rewards.score(classifier, texts, batch_size, "")
         assert scores.tolist() == pytest.approx(expected, rel=1e-5)

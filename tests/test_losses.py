@@ -1,4 +1,4 @@
-"""losses.py against computations that share nothing with it: 400-digit decimals, the paper's gradient, plain loops."""
+"""losses.py against independent computations: 400-digit decimals, the paper's gradient, plain loops."""
 import itertools
 from decimal import Decimal, getcontext
 
@@ -9,8 +9,8 @@ import losses
 
 getcontext().prec = 400  # e^-700 is 10^-304
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# (chosen_logps, rejected_logps): ordinary pairs, one nearly certain response, a long and a short one, equal ones
-LOGPS = [(-40.25, -38.5), (-1e-3, -20.0), (-3.5, -0.0625), (-700.0, -250.0), (-250.0, -700.0), (-12.0, -12.0), (-0.5, -0.75)]
+# (chosen_logps, rejected_logps): ordinary pairs, a nearly certain response, long and short ones, equal ones
+LOGPS = [(-40, -38.5), (-1e-3, -20), (-3.5, -0.0625), (-700, -250), (-250, -700), (-12, -12), (-0.5, -0.75)]
 
 
 def log_sigma(x):
@@ -68,17 +68,18 @@ def test_the_printed_values_of_a_worked_example():
     """Values worked out by hand: z_w = log 1/2, z_l = log 1/4, so p_w = 2/3 and pi_w / (1 - pi_l) = 2/3."""
     zw, zl = torch.tensor([0.5]).double().log(), torch.tensor([0.25]).double().log()
     one, zero = torch.ones(1).double(), torch.zeros(1).double()
-    assert losses.contrastive_loss(zw, zl, gamma=2.0).item() == pytest.approx(-(1 / 9) * -0.4054651081081644, rel=1e-12)
+    contrastive = losses.contrastive_loss(zw, zl, gamma=2.0).item()
+    assert contrastive == pytest.approx(-(1 / 9) * -0.4054651081081644, rel=1e-12)
     assert losses.drdo_loss(zw, zl, one, zero, 3 * one, zero, alpha=0.0).item() == pytest.approx(4.0)
     assert losses.dpo_loss(zw, zl, zw, zl).item() == pytest.approx(0.6931471805599453)
     assert losses.oracle_loss(one, one, zw, alpha=0.5).item() == pytest.approx(0.6931471805599453)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_log1mexp(dtype):
-    x = -torch.logspace(-6 if dtype == torch.float32 else -15, 1.9, 400, dtype=dtype)
+@pytest.mark.parametrize("dtype, smallest, rtol", [(torch.float64, -15, 1e-14), (torch.float32, -6, 3e-7)])
+def test_log1mexp(dtype, smallest, rtol):
+    x = -torch.logspace(smallest, 1.9, 400, dtype=dtype)
     expected = torch.tensor([float((1 - Decimal(float(v)).exp()).ln()) for v in x], dtype=torch.float64)
-    torch.testing.assert_close(losses.log1mexp(x).double(), expected, rtol=3e-7 if dtype == torch.float32 else 1e-14, atol=0)
+    torch.testing.assert_close(losses.log1mexp(x).double(), expected, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,14 +97,14 @@ def test_values_and_gradients_are_finite_everywhere(dtype, gamma):
         assert loss.shape == zw.shape and loss.dtype == torch.promote_types(dtype, torch.float32)
         assert loss.isfinite().all()
         grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
-        # fp16 itself ends at 65504: a gradient may pass it there, but is never NaN
-        assert not any(g.isnan().any() if dtype == torch.float16 else not g.isfinite().all() for g in grads if g is not None)
+        # fp16 ends at 65504: a gradient may pass it, but is never NaN
+        good = (lambda g: ~g.isnan()) if dtype == torch.float16 else torch.isfinite
+        assert all(good(g).all() for g in grads if g is not None)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
 def test_gradient_is_equation_30_focal_factor_included(gamma):
-    """Appendix A.5 for a softmax policy over five responses, whose grad z_i is onehot(i) - pi:
-    alpha gamma (1-p)^gamma p (grad z_w - grad z_l) log(pi_w/(1-pi_l)) - alpha (1-p)^gamma (grad pi_w/pi_w + grad pi_l/(1-pi_l))."""
+    """Appendix A.5, on a softmax of five responses: grad z_i = onehot(i) - pi, grad pi_i = pi_i grad z_i."""
     theta = torch.tensor([0.3, -1.2, 2.0, 0.1, -0.4], dtype=torch.float64, requires_grad=True)
     w, l, alpha = 1, 2, 0.1
     z = theta.log_softmax(0)
@@ -123,28 +124,29 @@ def test_edpo_ensembles():
     chosen, rejected = (torch.randn(3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     zw, zl, ref_w, ref_l = -50 * torch.rand(4, 8, generator=generator, dtype=torch.float64)
     zw.requires_grad_()
+    edpo = lambda *rewards, **how: losses.edpo_loss(zw, zl, ref_w, ref_l, *rewards, **how)
     gradient = lambda loss: torch.autograd.grad(loss.sum(), zw)[0]
-    ensemble = losses.edpo_loss(zw, zl, ref_w, ref_l, chosen, rejected, ensemble="mean")
-    one = losses.edpo_loss(zw, zl, ref_w, ref_l, chosen.mean(0, keepdim=True), rejected.mean(0, keepdim=True))
-    torch.testing.assert_close(gradient(ensemble), gradient(one))  # mean: the same gradient as distilling the mean reward
-    each = torch.stack([losses.edpo_loss(zw, zl, ref_w, ref_l, c[None], r[None]) for c, r in zip(chosen, rejected)])
+    ensemble = edpo(chosen, rejected, ensemble="mean")
+    one = edpo(chosen.mean(0, keepdim=True), rejected.mean(0, keepdim=True))
+    torch.testing.assert_close(gradient(ensemble), gradient(one))  # as when it distils the mean reward
+    each = torch.stack([edpo(c[None], r[None]) for c, r in zip(chosen, rejected)])
     torch.testing.assert_close(ensemble, each.sum(0) / 3)
-    torch.testing.assert_close(losses.edpo_loss(zw, zl, ref_w, ref_l, chosen, rejected, ensemble="min"), each.min(0).values)
-    torch.testing.assert_close(losses.edpo_loss(zw, zl, ref_w, ref_l, chosen[:1], rejected[:1], ensemble="min"), each[0])
-    beta_log_ratio = 0.1 * ((zw - zl) - (ref_w - ref_l))
-    torch.testing.assert_close(each[1], (chosen[1] - rejected[1] - beta_log_ratio) ** 2)
+    torch.testing.assert_close(edpo(chosen, rejected, ensemble="min"), each.min(0).values)
+    torch.testing.assert_close(edpo(chosen[:1], rejected[:1], ensemble="min"), each[0])
+    second = (chosen[1] - rejected[1] - 0.1 * ((zw - zl) - (ref_w - ref_l))) ** 2
+    torch.testing.assert_close(each[1], second)
     with pytest.raises(ValueError, match="median"):
-        losses.edpo_loss(zw, zl, ref_w, ref_l, chosen, rejected, ensemble="median")
+        edpo(chosen, rejected, ensemble="median")
 
 
 def test_oracle_without_alpha_reads_no_logps():
-    nan = torch.full((2,), float("nan"))
-    assert losses.oracle_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0]), nan, alpha=0).isfinite().all()
+    rewards, nan = torch.tensor([[1.0, 2.0], [0.0, 2.0]]), torch.full((2,), float("nan"))
+    assert losses.oracle_loss(*rewards, nan, alpha=0).isfinite().all()
 
 
 def readout_batch():
-    """Two rows [prompt less its last | last + first response | last + second]: a prompt of 3 with responses of 2 and 3
-    tokens; a prompt of 2 with responses of 1 and 2, and padding."""
+    """Two rows [prompt less its last | last + first response | last + second]. The first prompt has 3 tokens,
+    its responses 2 and 3. The second has 2, its responses 1 and 2, and padding."""
     segments = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2], [0, 1, 1, 2, 2, 2, -1, -1, -1]])
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(2, 9, 6, generator=generator, dtype=torch.float64)
@@ -163,19 +165,19 @@ def test_response_logps_against_a_loop_and_in_chunks(max_logits):
         for t in tokens:
             expected[b, response] += lm_head(hidden[b, t - 1]).softmax(-1)[input_ids[b, t]].log()
     torch.testing.assert_close(logps, expected, rtol=1e-12, atol=0)
-    first = losses.response_logps(hidden, lm_head, input_ids, segments, num_responses=1, max_logits=max_logits)
+    first = losses.response_logps(hidden, lm_head, input_ids, segments, 1, max_logits)
     torch.testing.assert_close(first, expected[:, :1], rtol=1e-12, atol=0)
     weights = torch.tensor([[1.0, -2.0], [0.5, 3.0]]).double()
-    torch.testing.assert_close(torch.autograd.grad((logps * weights).sum(), [hidden, lm_head.weight]),
-                               torch.autograd.grad((expected * weights).sum(), [hidden, lm_head.weight]),
-                               rtol=1e-10, atol=1e-12)
+    gradient = lambda logps: torch.autograd.grad((logps * weights).sum(), [hidden, lm_head.weight])
+    torch.testing.assert_close(gradient(logps), gradient(expected), rtol=1e-10, atol=1e-12)
 
 
 def test_last_token_rewards():
     hidden, *_ = readout_batch()
     weight = torch.arange(6.0).double()[None]
-    rewards = losses.last_token_rewards(hidden, weight, torch.tensor([[4, 8], [2, 4]]))
-    expected = [[sum(i * hidden[b, t, i].item() for i in range(6)) for t in ts] for b, ts in ((0, (4, 8)), (1, (2, 4)))]
+    last = [[4, 8], [2, 4]]
+    rewards = losses.last_token_rewards(hidden, weight, torch.tensor(last))
+    expected = [[sum(i * hidden[b, t, i].item() for i in range(6)) for t in last[b]] for b in range(2)]
     torch.testing.assert_close(rewards, torch.tensor(expected, dtype=torch.float64))
 
 

@@ -1,5 +1,5 @@
-"""Other programs take the policy that align.py --loss drdo writes: llama.cpp's converter finds a place for every
-tensor (`gguf`, its own package), and `transformers serve` answers a chat request."""
+"""Other programs take the policy that align.py --loss drdo writes. llama.cpp's package `gguf` has a place for
+every tensor. `transformers serve` answers a chat request."""
 import hashlib
 import json
 import subprocess
@@ -14,15 +14,13 @@ import pytest
 import torch
 from conftest import run, together
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config
 
-import align
 import toy
 
-SHAPE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=256)
-MODELS = {"LLAMA": (LlamaForCausalLM, LlamaConfig), "PHI3": (Phi3ForCausalLM, Phi3Config),
-          "QWEN2": (Qwen2ForCausalLM, Qwen2Config)}
+SHAPE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256)
+CONFIGS = {"LLAMA": LlamaConfig, "PHI3": Phi3Config, "QWEN2": Qwen2Config}
 
 
 @pytest.fixture(scope="module")
@@ -32,37 +30,40 @@ def drdo(tmp_path_factory):
     tokenizer, pairs = toy.make_tokenizer(), toy.make_pairs(8, 1)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     toy.write_jsonl(f"{home}/pairs.jsonl", pairs)
+    sha256 = hashlib.sha256((home / "pairs.jsonl").read_bytes()).hexdigest()
     torch.save({"chosen": torch.randn(1, 8), "rejected": torch.randn(1, 8), "oracles": ["random"],
-                "data_sha256": hashlib.sha256((home / "pairs.jsonl").read_bytes()).hexdigest()}, home / "rewards.pt")
+                "data_sha256": sha256}, home / "rewards.pt")
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
     folders = {}
-    for name, (model, config) in MODELS.items():
-        ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)
-        model(config(vocab_size=len(tokenizer), **SHAPE, **ids)).save_pretrained(home / name)
+    for name, config in CONFIGS.items():
+        model = AutoModelForCausalLM.from_config(config(vocab_size=len(tokenizer), **SHAPE, **ids))
+        model.save_pretrained(home / name)
         tokenizer.save_pretrained(home / name)
         folders[name] = home / f"{name}.drdo"
-    together(*((run, "align.py", "--loss", "drdo", "--model", home / name, "--data", home / "pairs.jsonl", "--eval_data", "",
-                "--oracle_rewards", home / "rewards.pt", "--batch_size", 8, "--max_steps", 1, "--out", folder)
-               for name, folder in folders.items()))
+    train = (run, "align.py", "--loss", "drdo", "--data", home / "pairs.jsonl", "--eval_data", "",
+             "--oracle_rewards", home / "rewards.pt", "--batch_size", 8, "--max_steps", 1)
+    together(*((*train, "--model", home / name, "--out", folder) for name, folder in folders.items()))
     return folders
 
 
 def test_every_tensor_has_a_place_in_llama_cpp(drdo):
     for name, folder in drdo.items():
         places = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name), SHAPE["num_hidden_layers"])
+        place = lambda tensor: places.get_name(tensor, try_suffixes=(".weight", ".bias"))
         tensors = load_file(folder / "model.safetensors")
         assert len(tensors) > 10 and (folder / "score.safetensors").exists()
-        assert [tensor for tensor in tensors if places.get_name(tensor, try_suffixes=(".weight", ".bias")) is None] == []
-        assert places.get_name("score.weight", try_suffixes=(".weight", ".bias")) is None  # why the head lies beside it
+        assert [tensor for tensor in tensors if place(tensor) is None] == []
+        assert place("score.weight") is None  # why the head lies beside it
 
 
 def test_transformers_serve_answers(drdo):
-    port = 8763
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(drdo["LLAMA"]), "--port", str(port), "--device", "cpu"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    port, model = "8763", str(drdo["LLAMA"])
+    serve = [Path(sys.executable).parent / "transformers", "serve", model, "--port", port, "--device", "cpu"]
+    server = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        body = {"model": str(drdo["LLAMA"]), "messages": [{"role": "user", "content": "i lost my wallet ."}], "max_tokens": 5}
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
+        body = {"model": model, "messages": [{"role": "user", "content": "i lost my key ."}], "max_tokens": 5}
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         for _ in range(60):
             try:
                 answer = json.load(urllib.request.urlopen(request, timeout=60))
@@ -70,7 +71,8 @@ def test_transformers_serve_answers(drdo):
             except urllib.error.URLError:  # not up yet
                 assert server.poll() is None
                 time.sleep(1)
-        assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] > 0
+        assert answer["choices"][0]["message"]["role"] == "assistant"
+        assert answer["usage"]["completion_tokens"] > 0
     finally:
         server.terminate()
         server.wait(30)

@@ -1,4 +1,4 @@
-"""The stages' functions one by one: what a flag changes, how text becomes tokens, which rewards belong to which pair."""
+"""The stages' functions one by one: what a flag does, how text becomes tokens, which rewards a pair gets."""
 import hashlib
 import json
 import math
@@ -23,7 +23,8 @@ def byte_level(**special):
     """A tokenizer of single bytes in GPT-2's spelling, "!" its id 0 and one special token, as GPT-2 has."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
@@ -43,21 +44,22 @@ def test_a_pad_token_never_takes_a_word_away(tmp_path):
 
 def test_text_becomes_tokens_as_the_readme_says():
     tokenizer = byte_level(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+    prompt = lambda text: tokenizer.decode(align.encode_prompt(tokenizer, text))
+    response = lambda text: tokenizer.decode(align.encode_response(tokenizer, text))
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
-    assert text(align.encode_prompt(tokenizer, "POST: a\n\nTL;DR:")) == "<s>POST: a\n\nTL;DR:"
-    assert text(align.encode_prompt(tokenizer, turns)) == "<s>System: be brief\n\nHuman: hi\n\nAssistant:\n"
-    assert text(align.encode_response(tokenizer, " a b")) == " a b</s>"
+    assert prompt("POST: a\n\nTL;DR:") == "<s>POST: a\n\nTL;DR:"
+    assert prompt(turns) == "<s>System: be brief\n\nHuman: hi\n\nAssistant:\n"
+    assert response(" a b") == " a b</s>"
     assert align.encode_response(tokenizer, "")[-1] == tokenizer.eos_token_id
     tokenizer.chat_template = CHAT
-    assert text(align.encode_prompt(tokenizer, "hi")) == "<|user|>\nhi</s>\n<|assistant|>\n"
-    assert text(align.encode_prompt(tokenizer, turns)) == "<|system|>\nbe brief</s>\n<|user|>\nhi</s>\n<|assistant|>\n"
-    assert text(align.encode_response(tokenizer, " a b")) == "a b</s>"
+    assert prompt("hi") == "<|user|>\nhi</s>\n<|assistant|>\n"
+    assert prompt(turns) == "<|system|>\nbe brief</s>\n<|user|>\nhi</s>\n<|assistant|>\n"
+    assert response(" a b") == "a b</s>"
 
 
 def plan(row_tokens, **changes):
-    args = Namespace(batch_size=8, micro_batch_size=None, warmup_steps=None, max_steps=12, epochs=None, data="x.jsonl", seed=3)
-    vars(args).update(changes)
+    args = Namespace(**dict(batch_size=8, micro_batch_size=None, warmup_steps=None, max_steps=12, epochs=None,
+                            data="x.jsonl", seed=3) | changes)
     return align.plan_steps(row_tokens, args), args
 
 
@@ -73,7 +75,7 @@ def test_steps_are_a_permutation_an_epoch_and_differ_by_seed(process_group):
 
 
 def test_batches_and_warm_up_suit_the_run(process_group, capsys):
-    """The micro-batch divides any --batch_size; warm-up is a tenth of a short run; more than ten epochs are warned of."""
+    """The micro-batch divides any --batch_size. A short run warms up for a tenth. Over ten epochs warn."""
     for batch_size, micro in ((64, 8), (10, 5), (7, 7), (11, 1), (6, 6)):
         assert plan(np.arange(99), batch_size=batch_size)[1].micro_batch_size == micro
     steps, args = plan(np.arange(234), batch_size=64, max_steps=None, epochs=1)
@@ -86,21 +88,22 @@ def test_batches_and_warm_up_suit_the_run(process_group, capsys):
     assert "10 epochs" in capsys.readouterr().out
 
 
-def flags(**changes):
-    return Namespace(**{**dict(loss="drdo", alpha=0.1, gamma=2.0, beta=0.5, student_rewards="head", ensemble="mean",
-                                p_w="sum", detach_focal=False, nll_coef=0.0), **changes})
-
-
 def test_each_flag_of_align_reaches_its_loss():
     logps, reference = torch.tensor([[-4.0, -6.0]]).double(), torch.tensor([[-5.0, -6.0]]).double()
-    rewards = torch.tensor([[1.0, 0.5]]).double()
-    oracles = torch.tensor([[[3.0, 1.0]], [[2.0, 2.0]]]).double()  # two of them, differences 2 and 0, their mean 1
-    lengths = torch.tensor([[2, 4]])
-    value = lambda **changes: align.loss_and_metrics(flags(**changes), logps, rewards, reference, oracles, lengths)[0].item()
+    rewards, lengths = torch.tensor([[1.0, 0.5]]).double(), torch.tensor([[2, 4]])
+    oracles = torch.tensor([[[3.0, 1.0]], [[2.0, 2.0]]]).double()  # two: differences 2 and 0, mean 1
+
+    def loss_and_metrics(logps=logps, **changes):
+        flags = dict(loss="drdo", alpha=0.1, gamma=2.0, beta=0.5, student_rewards="head", ensemble="mean",
+                     p_w="sum", detach_focal=False, nll_coef=0.0) | changes
+        return align.loss_and_metrics(Namespace(**flags), logps, rewards, reference, oracles, lengths)
+
+    value = lambda **changes: loss_and_metrics(**changes)[0].item()
     p_w = 1 / (1 + math.exp(-2))
-    contrastive = (1 - p_w) ** 2 * (4 + math.log1p(-math.exp(-6)))
+    nll = 4 + math.log1p(-math.exp(-6))  # -log(pi_w / (1 - pi_l))
+    contrastive = (1 - p_w) ** 2 * nll
     assert value() == pytest.approx((1 - 0.5) ** 2 + 0.1 * contrastive)
-    assert value(alpha=2.0, gamma=0.0) == pytest.approx(0.25 + 2 * (4 + math.log1p(-math.exp(-6))))
+    assert value(alpha=2.0, gamma=0.0) == pytest.approx(0.25 + 2 * nll)
     assert value(student_rewards="logps") == pytest.approx((1 - 0.5 * 2) ** 2 + 0.1 * contrastive)
     assert value(student_rewards="logps", beta=0.1) == pytest.approx((1 - 0.1 * 2) ** 2 + 0.1 * contrastive)
     assert value(loss="dpo") == pytest.approx(math.log1p(math.exp(-0.5 * 1)))
@@ -109,53 +112,53 @@ def test_each_flag_of_align_reaches_its_loss():
     # readings and controls
     assert value(student_rewards="log_ratio") == pytest.approx((1 - 0.5 * 1) ** 2 + 0.1 * contrastive)
     of_means = 1 / (1 + math.exp(-(-4 / 2 + 6 / 4)))
-    assert value(p_w="mean") == pytest.approx(0.25 + 0.1 * (1 - of_means) ** 2 * (4 + math.log1p(-math.exp(-6))))
+    assert value(p_w="mean") == pytest.approx(0.25 + 0.1 * (1 - of_means) ** 2 * nll)
     assert value(loss="ipo") == pytest.approx((1 - 1 / (2 * 0.5)) ** 2)  # (log ratio - 1 / (2 beta))^2
     assert value(loss="ipo", beta=0.1) == pytest.approx((1 - 1 / (2 * 0.1)) ** 2)
     assert value(loss="dpo", nll_coef=0.25) == pytest.approx(math.log1p(math.exp(-0.5 * 1)) + 0.25 * 4)
-    free, held = (torch.autograd.grad(align.loss_and_metrics(flags(alpha=1.0, detach_focal=detach), z, rewards, reference, oracles,
-                                                             lengths)[0].sum(), z)[0][0, 0].item()
-                  for detach in (False, True) for z in [logps.clone().requires_grad_()])
-    assert held == pytest.approx(-((1 - p_w) ** 2)) and free - held == pytest.approx(-2 * p_w * contrastive, rel=1e-6)
+    z = logps.clone().requires_grad_()
+    free, held = (torch.autograd.grad(loss_and_metrics(z, alpha=1.0, detach_focal=hold)[0], z)[0][0, 0].item()
+                  for hold in (False, True))
+    assert held == pytest.approx(-((1 - p_w) ** 2))
+    assert free - held == pytest.approx(-2 * p_w * contrastive, rel=1e-6)
 
-    metrics = align.loss_and_metrics(flags(), logps, rewards, reference, oracles, lengths)[1]
+    metrics = loss_and_metrics()[1]
     assert metrics["loss/distillation"] + metrics["loss/contrastive"] == pytest.approx(metrics["loss"])
     assert metrics["oracle/margins"].item() == 1 and metrics["p_w"].item() == pytest.approx(p_w)
 
 
 def test_the_oracles_lm_term_is_a_sum_or_a_mean():
-    logps, rewards = torch.tensor([[-12.0, 0.0]]), torch.tensor([[1.0, 1.0]])
+    inputs = torch.tensor([[-12.0, 0.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([4])
     for lm_term, expected in (("sum", 12.0), ("mean", 3.0)):
-        loss, metrics = oracle.loss_and_metrics(Namespace(alpha=0.25, lm_term=lm_term), logps, rewards, torch.tensor([4]))
+        loss, metrics = oracle.loss_and_metrics(Namespace(alpha=0.25, lm_term=lm_term), *inputs)
         assert loss.item() == pytest.approx(0.75 * math.log(2) + 0.25 * expected)
         assert metrics["loss/bradley_terry"].item() == pytest.approx(math.log(2))
 
 
 def test_rewards_stay_with_their_pairs_when_rows_are_dropped(tmp_path, process_group):
-    """Rows too long for the policy, and rows too long for the Oracle (NaN), leave; each of the others keeps its own reward."""
-    rows = toy.make_pairs(30, 5)
-    toy.write_jsonl(str(tmp_path / "pairs.jsonl"), rows)
-    sha256 = hashlib.sha256((tmp_path / "pairs.jsonl").read_bytes()).hexdigest()
+    """Rows too long for the policy or for an Oracle (NaN) leave. Each of the others keeps its own reward."""
+    rows, data, scores = toy.make_pairs(30, 5), tmp_path / "pairs.jsonl", tmp_path / "rewards.pt"
+    toy.write_jsonl(data, rows)
+    sha256 = hashlib.sha256(data.read_bytes()).hexdigest()
     chosen = torch.arange(30.0)[None].repeat(2, 1)
     chosen[1, 7] = math.nan
-    torch.save({"chosen": chosen, "rejected": -chosen, "data_sha256": sha256, "oracles": ["a", "b"]}, tmp_path / "rewards.pt")
+    torch.save({"chosen": chosen, "rejected": -chosen, "data_sha256": sha256, "oracles": ["a", "b"]}, scores)
     tokenizer = toy.make_tokenizer()
     length = lambda row: 2 + max(len((row["prompt"] + row[key]).split()) for key in ("chosen", "rejected"))
     limit = sorted(map(length, rows))[20]
     args = Namespace(loss="drdo", max_length=limit)
-    pairs, rewards = align.load_split(str(tmp_path / "pairs.jsonl"), tmp_path / "rewards.pt", tokenizer, args)
+    pairs, rewards = align.load_split(str(data), scores, tokenizer, args)
     kept = [i for i, row in enumerate(rows) if length(row) <= limit and i != 7]
     assert 15 < len(kept) < 30 and rewards.shape == (2, len(kept), 2)
     assert rewards[1, :, 0].tolist() == kept and rewards[0, :, 1].tolist() == [-i for i in kept]
     assert [tokenizer.decode(pair[1][:-1]) for pair in pairs] == [rows[i]["chosen"].strip() for i in kept]
-    first = align.load_split(str(tmp_path / "pairs.jsonl"), tmp_path / "rewards.pt", tokenizer, args, limit=10)[1]
+    first = align.load_split(str(data), scores, tokenizer, args, limit=10)[1]
     assert first[1, :, 0].tolist() == [i for i in kept if i < 10]
 
 
 def test_the_log_leaves_out_what_no_pair_has(tmp_path, process_group):
-    args, nan = Namespace(out=str(tmp_path)), math.nan
-    window = [{"loss": torch.tensor([1.0]), "oracle": torch.tensor([nan])}, {"loss": torch.tensor([3.0]), "oracle": torch.tensor([nan])}]
-    align.log(args, 1, window, prefix="eval_", epoch=0.5)
+    window = [{"loss": torch.tensor([loss]), "oracle": torch.tensor([math.nan])} for loss in (1.0, 3.0)]
+    align.log(Namespace(out=str(tmp_path)), 1, window, prefix="eval_", epoch=0.5)
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 1, "eval_loss": 2.0, "epoch": 0.5}
 
 
@@ -172,8 +175,9 @@ def test_the_models_own_decoding_settings_do_not_leak_into_the_sampling(tmp_path
         assert ends == {tokenizer.eos_token_id}
         outputs.append(generate.generate(loaded, prompts, 0.0, 0.8, 20, ends))
     assert outputs[0] == outputs[1]
-    greedy = model.generate(torch.tensor([prompts[0]]), max_new_tokens=20, do_sample=False)[0, len(prompts[0]):].tolist()
-    assert greedy[:len(outputs[0][0][0])] != outputs[0][0][0]  # with the penalty the text is another
+    text, prompt = outputs[0][0][0], prompts[0]
+    greedy = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist()
+    assert greedy[len(prompt):len(prompt + text)] != text  # with the penalty the text is another
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.8])
