@@ -11,8 +11,9 @@ Out:  out/<loss>/: model, tokenizer, score.safetensors (DRDO's reward head), arg
 The way of one pair: Rows (encode_prompt, encode_response) -> PairModel (collate, pair_mask; of losses.py
 response_logps, last_token_rewards) -> loss_and_metrics (calls losses.py) -> engine.backward and step.
 
-Only the policy is in memory: precompute_rewards.py has computed the Oracle's rewards. DRDO has no reference
-model. The reference of DPO, e-DPO and IPO is the policy before its first step: its log-probs are taken once.
+Only the policy is in memory: precompute_rewards.py has computed the Oracle's rewards. The reference of DPO,
+e-DPO and IPO is the policy before its first step: its log-probs are taken once. DRDO needs none: its rewards
+come from a head, not from a log-ratio.
 
 Where this departs from the paper: AdamW is torch's (theirs is partly paged). A step takes 64 pairs, as their
 text says (their Table 6 makes 96). Prompts are not cut at 512 tokens; pairs over --max_length are dropped.
@@ -48,13 +49,13 @@ def parse_args():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
     flag = parser.add_argument_group("method").add_argument
-    flag("--loss", required=True, choices=["drdo", "dpo", "edpo", "ipo"], help="Eq. 6, Eq. 3, Eq. 4, IPO")
+    flag("--loss", required=True, choices=["drdo", "dpo", "edpo", "ipo"], help="by Eq. 6, 3, 4 and IPO")
     flag("--oracle_rewards", help="drdo, edpo: rewards.pt of --data. drdo takes the mean of its Oracles")
     flag("--eval_oracle_rewards", help="rewards.pt of --eval_data; without it drdo and edpo log no eval_loss")
     flag("--alpha", type=float, default=0.1, help="drdo: weight of the contrastive log-unlikelihood")
     flag("--gamma", type=float, default=2.0, help="drdo: focal exponent of (1 - p_w)")
     flag("--beta", type=float, default=0.1, help="dpo, edpo, ipo; drdo with logps or log_ratio")
-    flag("--ensemble", choices=["mean", "min"], default="mean", help="edpo: distil the mean, or the nearest")
+    flag("--ensemble", choices=["mean", "min"], default="mean", help="edpo: distil their mean or the nearest")
     flag = parser.add_argument_group("readings of Eq. 6 (default: the paper's), controls").add_argument
     flag("--student_rewards", choices=["head", "logps", "log_ratio"], default="head",
          help="drdo: r^ by a linear head at EOS, beta * log pi(y|x), or beta * (log pi - log pi at start)")
@@ -67,7 +68,7 @@ def parse_args():
     flag("--data", default="data/all/train.jsonl", help="preference JSONL to train on")
     flag("--eval_data", default="data/all/validation.jsonl", help="held-out preference JSONL; '' for none")
     flag("--out", help="folder to write; None: out/<loss>")
-    flag("--max_length", type=int, default=1024, help="drop pairs whose prompt + response has more tokens")
+    flag("--max_length", type=int, default=1024, help="drop pairs whose prompt + longer response is longer")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--batch_size", type=int, default=64, help="pairs per optimizer step, over all processes")
     flag("--micro_batch_size", type=int, help="pairs per forward pass, on one process; None: at most 8")
@@ -81,7 +82,7 @@ def parse_args():
     flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, offloading, gradient clipping")
     flag = parser.add_argument_group("logging and checkpoints").add_argument
     flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
-    flag("--eval_rows", type=int, default=1000, help="evaluate on so many rows of --eval_data; 0: on all")
+    flag("--eval_rows", type=int, default=1000, help="evaluate on the first rows of --eval_data; 0: on all")
     flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
     flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
     flag("--keep_steps", type=int, default=0, help="steps between policies kept in <out>/step<k>; 0: none")
@@ -103,7 +104,7 @@ def main():
 
     # ---- model and data
     tokenizer, lm = load_model(args.model)
-    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
+    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", None) or math.inf)
     pairs, oracle = load_split(args.data, args.oracle_rewards, tokenizer, args)
     eval_pairs, eval_oracle = load_split(args.eval_data, args.eval_oracle_rewards, tokenizer, args,
                                          args.eval_rows)
@@ -139,7 +140,7 @@ def main():
     if not args.resume:
         reference, eval_reference = (torch.full((len(split), 2), math.nan) for split in (pairs, eval_pairs))
         if args.loss != "drdo" or args.student_rewards == "log_ratio":
-            reference, _ = score_all(model, pairs, args, "reference", np.unique(steps))
+            reference, _ = score_all(model, pairs, args, "reference", np.unique(steps))  # of pairs in steps
             eval_reference, _ = score_all(model, eval_pairs, args, "reference")
         state |= {"reference": reference, "eval_reference": eval_reference}
     reference, eval_reference = state["reference"], state["eval_reference"]
@@ -158,7 +159,7 @@ def main():
             window.append(metrics)
         tokens += row_tokens[rows].sum()
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
-        if engine.skipped_steps or not math.isfinite(grad_norm):
+        if engine.skipped_steps or not 0 <= grad_norm < math.inf:  # DeepSpeed's -1 stands for NaN
             fail(f"step {step}: the loss or its gradient is not finite; lower --learning_rate, or look at "
                  f"{args.data}, lines {sorted(pairs.lines[rows].tolist())}")
 
@@ -190,7 +191,7 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
 
     To add a loss: write it in losses.py, import it, name it in --loss and give it a branch here. One that
     reads the Oracle joins ("drdo", "edpo") in parse_args, main and load_split. One without a reference, or
-    with a reward head, joins DRDO's conditions in main.
+    with a reward head, joins DRDO's conditions in main, and sets student_w and student_l here.
 
     logps: log pi(y|x) of (w, l), (B, 2), summed over tokens. rewards: of the student's head, (B, 2), or NaN.
     reference: the reference's log pi(y|x), (B, 2). oracle: the Oracles' rewards, (K, B, 2).
@@ -199,7 +200,7 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
     logps_w, logps_l = logps.unbind(1)  # (B,)
     ref_w, ref_l = reference.unbind(1)
     oracle_w, oracle_l = oracle.unbind(2)  # (K, B)
-    # DPO's implicit rewards; NaN without a reference, where DRDO puts others in their place
+    # implicit rewards: of dpo, edpo, ipo, and of drdo with log_ratio; its other readings replace them
     student_w, student_l = args.beta * (logps_w - ref_w), args.beta * (logps_l - ref_l)
     metrics = {}
     if args.loss == "dpo":
@@ -216,8 +217,8 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
         elif args.student_rewards == "logps":
             student_w, student_l = args.beta * logps_w, args.beta * logps_l
         z_w, z_l = (logps if args.p_w == "sum" else logps / response_tokens).unbind(1)
-        # p_w = sigma(logits). Sums differ by many nats: p_w is about 0 or 1 for most pairs from step 1 on,
-        # and its mean is the share of pairs whose chosen response is the likelier, often the shorter
+        # p_w = sigma(logits). Sums differ by many nats: p_w is about 0 or 1 for most pairs from step 1 on.
+        # Its mean is then about the share of pairs whose chosen response is the likelier, often the shorter
         logits = (z_w - z_l).detach() if args.detach_focal else z_w - z_l
         distillation = distillation_loss(student_w, student_l, oracle_w, oracle_l)
         contrastive = args.alpha * contrastive_loss(logps_w, logps_l, args.gamma, logits)
@@ -274,7 +275,7 @@ def collate(pairs, device):
     input_ids, segments = np.zeros(shape, int), np.full(shape, -1)
     position_ids, eos = np.zeros(shape, int), np.zeros((len(pairs), 2), int)
     for i, (prompt, chosen, rejected) in enumerate(pairs):
-        p, c, r = len(prompt) - 1, len(chosen) + 1, len(rejected) + 1
+        p, c, r = len(prompt) - 1, len(chosen) + 1, len(rejected) + 1  # + 1: the copy of `last`
         input_ids[i, :p + c + r] = np.concatenate([prompt, chosen, prompt[-1:], rejected])
         position_ids[i, :p + c + r] = np.concatenate([np.arange(p + c), np.arange(p, p + r)])
         segments[i, :p + c + r] = np.repeat([0, 1, 2], [p, c, r])
@@ -322,13 +323,13 @@ def score_all(model, pairs, args, description, rows=None):
     return scores.cpu()
 
 
-# ---- data and files: after load_split the stages share all to the letter (tests/test_copies.py) ------------
+# ---- data and files: what follows load_split is the same in every stage (tests/test_copies.py) -------------
 
 
 def load_split(path, rewards_path, tokenizer, args, limit=0):
-    """The pairs of a preference file (of its first `limit` rows), and their Oracle rewards, (K, N, 2) or NaN.
-    Drops pairs over --max_length, and pairs that were too long for an Oracle: NaN in rewards.pt. Without a
-    path there are none."""
+    """The pairs of a preference file (of its first `limit` rows; 0: of all), and their Oracle rewards,
+    (K, N, 2), or NaN where the loss reads none. Drops pairs over --max_length; for drdo and edpo also pairs
+    that were too long for an Oracle: NaN in rewards.pt. Without a path there are none."""
     if not path:
         return [], torch.empty(1, 0, 2)
     pairs = Rows(path, ["chosen", "rejected"], tokenizer, args.max_length, limit)
@@ -341,7 +342,8 @@ def load_split(path, rewards_path, tokenizer, args, limit=0):
         oracle = torch.stack([saved["chosen"], saved["rejected"]], dim=-1).float()[:, pairs.lines - 1]
         scored = oracle.isfinite().all(2).all(0).numpy()  # (N,)
         assert len(oracle) and scored.any(), "no pair has finite rewards of both responses"
-    vars(args).setdefault("oracles", saved.get("oracles"))  # for args.json: who taught the policy
+        teachers = vars(args).setdefault("oracles", saved.get("oracles"))  # for args.json
+        assert saved.get("oracles") == teachers, f"not scored by {teachers}, which scored --data"
     if dist.get_rank() == 0 and not scored.all():
         print(f"{path}: {np.sum(~scored)} pairs dropped: without finite rewards, as too long for an Oracle")
     pairs.lines, pairs.lengths, pairs.ends = pairs.lines[scored], pairs.lengths[scored], pairs.ends[scored]
@@ -506,8 +508,8 @@ def save_model(lm, tokenizer, folder, head):
             tokenizer.save_pretrained(partial)
             if head:
                 save_file({"score.weight": head.weight.data}, f"{partial}/score.safetensors")
-            elif os.path.exists(f"{folder}/score.safetensors"):  # an older run's
-                os.remove(f"{folder}/score.safetensors")
+        for name in set(glob("*.safetensors*", root_dir=folder)) - set(os.listdir(partial)):
+            os.remove(f"{folder}/{name}")  # an older run's
         for name in os.listdir(partial):
             os.replace(f"{partial}/{name}", f"{folder}/{name}")
         os.rmdir(partial)
@@ -608,7 +610,7 @@ def encode_prompt(tokenizer, prompt):
 
 def encode_response(tokenizer, response):
     """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
-    a chat template a response loses its leading space, which parts it from a plain-text prompt."""
+    a chat template a response loses the leading space that separates it from a plain-text prompt."""
     assert isinstance(response, str), "a response is no text"
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]

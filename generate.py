@@ -76,7 +76,7 @@ def main():
             if len(unique) == args.num_prompts:
                 break
     rows, prompts = [row for row, _ in unique.values()], [ids for _, ids in unique.values()]
-    max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
+    max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
     kept = [i for i, ids in enumerate(prompts) if len(ids) + args.max_new_tokens <= max_length]
     if not kept:
         fail(f"{args.prompts}: none of {len(rows)} prompts fits with --max_new_tokens {args.max_new_tokens} "

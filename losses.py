@@ -1,6 +1,5 @@
 """The maths of nanoDRDO: Eq. 2-6 of DRDO (Direct Reward Distillation and policy-Optimization, arXiv
-2410.08458), and the two readouts of a causal LM's last hidden state that they need: a response's log-prob and
-its reward.
+2410.08458), IPO, and the two readouts of a causal LM's last hidden state: a response's log-prob and its reward.
 
 Plain functions of tensors. Copy this file into your project: it needs torch alone.
 
@@ -101,7 +100,7 @@ def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_reje
 
     with p_w = sigma(z_w - z_l). The first term is `distillation_loss`, the reward difference. The second is
     `contrastive_loss`, the focal contrastive log-unlikelihood. Its sign is the paper's. At a fixed focal
-    factor it slightly raises pi(y_l|x), despite its name: its gradient is about pi(y_l|x), so nearly 0.
+    factor it slightly raises pi(y_l|x), despite its name: its gradient in z_l is about pi(y_l|x), nearly 0.
 
     Args: log-probs, the policy's own rewards r^ and the Oracle's rewards r*, each (B,); preference_logits as
     in `contrastive_loss`.  Returns: (B,).

@@ -88,7 +88,7 @@ def main():
     # ---- model and data
     tokenizer, lm = load_model(args.model)
     set_pad_token(tokenizer, lm)
-    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
+    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", None) or math.inf)
     keys = ["chosen", "rejected"]
     pairs = Rows(args.data, keys, tokenizer, args.max_length)
     eval_pairs = args.eval_data and Rows(args.eval_data, keys, tokenizer, args.max_length, args.eval_rows)
@@ -127,7 +127,7 @@ def main():
             window.append(metrics)
         tokens += row_tokens[rows].sum()
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
-        if engine.skipped_steps or not math.isfinite(grad_norm):
+        if engine.skipped_steps or not 0 <= grad_norm < math.inf:  # DeepSpeed's -1 stands for NaN
             fail(f"step {step}: the loss or its gradient is not finite; lower --learning_rate, or look at "
                  f"{args.data}, lines {sorted(pairs.lines[rows].tolist())}")
 
@@ -219,7 +219,7 @@ def collate(pairs, device):
     input_ids, segments = np.zeros(shape, int), np.full(shape, -1)
     position_ids, eos = np.zeros(shape, int), np.zeros((len(pairs), 2), int)
     for i, (prompt, chosen, rejected) in enumerate(pairs):
-        p, c, r = len(prompt) - 1, len(chosen) + 1, len(rejected) + 1
+        p, c, r = len(prompt) - 1, len(chosen) + 1, len(rejected) + 1  # + 1: the copy of `last`
         input_ids[i, :p + c + r] = np.concatenate([prompt, chosen, prompt[-1:], rejected])
         position_ids[i, :p + c + r] = np.concatenate([np.arange(p + c), np.arange(p, p + r)])
         segments[i, :p + c + r] = np.repeat([0, 1, 2], [p, c, r])
@@ -422,6 +422,8 @@ def save_model(lm, tokenizer, folder):
         with reading(partial, "make room, then go on with --resume"):
             lm.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+        for name in set(glob("*.safetensors*", root_dir=folder)) - set(os.listdir(partial)):
+            os.remove(f"{folder}/{name}")  # an older run's
         for name in os.listdir(partial):
             os.replace(f"{partial}/{name}", f"{folder}/{name}")
         os.rmdir(partial)
@@ -522,7 +524,7 @@ def encode_prompt(tokenizer, prompt):
 
 def encode_response(tokenizer, response):
     """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
-    a chat template a response loses its leading space, which parts it from a plain-text prompt."""
+    a chat template a response loses the leading space that separates it from a plain-text prompt."""
     assert isinstance(response, str), "a response is no text"
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]

@@ -70,7 +70,7 @@ def main():
         texts, columns = read_texts(args.data, tokenizer)
         if args.relabel and "chosen" not in columns:
             fail(f"--relabel: {args.data} holds no pairs; give rows with chosen and rejected, in any order")
-        max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
+        max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
         fits = [i for i, ids in enumerate(texts) if len(ids) <= max_length]
         if not fits:
             fail(f"{args.data}: no row fits in --max_length {max_length}, or the model's positions; raise it")
@@ -261,7 +261,7 @@ def encode_prompt(tokenizer, prompt):
 
 def encode_response(tokenizer, response):
     """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
-    a chat template a response loses its leading space, which parts it from a plain-text prompt."""
+    a chat template a response loses the leading space that separates it from a plain-text prompt."""
     assert isinstance(response, str), "a response is no text"
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]

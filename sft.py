@@ -74,7 +74,7 @@ def main():
 
     # ---- model and data
     tokenizer, lm = load_model(args.model)
-    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", args.max_length))
+    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", None) or math.inf)
     examples = Rows(args.data, [response_key(args.data)], tokenizer, args.max_length)
     eval_examples = args.eval_data and Rows(args.eval_data, [response_key(args.eval_data)], tokenizer,
                                             args.max_length, args.eval_rows)
@@ -111,7 +111,7 @@ def main():
         tokens += row_tokens[rows].sum()
         targets += int(response_tokens[rows].sum())
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
-        if engine.skipped_steps or not math.isfinite(grad_norm):
+        if engine.skipped_steps or not 0 <= grad_norm < math.inf:  # DeepSpeed's -1 stands for NaN
             fail(f"step {step}: the loss or its gradient is not finite; lower --learning_rate, or look at "
                  f"{args.data}, lines {sorted(examples.lines[rows].tolist())}")
 
@@ -339,6 +339,8 @@ def save_model(lm, tokenizer, folder):
         with reading(partial, "make room, then go on with --resume"):
             lm.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+        for name in set(glob("*.safetensors*", root_dir=folder)) - set(os.listdir(partial)):
+            os.remove(f"{folder}/{name}")  # an older run's
         for name in os.listdir(partial):
             os.replace(f"{partial}/{name}", f"{folder}/{name}")
         os.rmdir(partial)
@@ -439,7 +441,7 @@ def encode_prompt(tokenizer, prompt):
 
 def encode_response(tokenizer, response):
     """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
-    a chat template a response loses its leading space, which parts it from a plain-text prompt."""
+    a chat template a response loses the leading space that separates it from a plain-text prompt."""
     assert isinstance(response, str), "a response is no text"
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
