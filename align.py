@@ -264,9 +264,9 @@ class PairModel(torch.nn.Module):
 def collate(pairs, device):
     """A batch of rows [prompt less its last token | last + chosen | last + rejected], padded right by zeros.
 
-    `last` is the prompt's last token, at its position in the prompt, once before each response. It predicts
-    the response's first token. Each later token is predicted by its left neighbour. The rejected response
-    sees the prompt, but not the chosen one.
+    `last` is a copy of the prompt's last token before each response, at its position in the prompt. It
+    predicts the response's first token. Each later token is predicted by its left neighbour. The rejected
+    response sees the prompt, but not the chosen one.
     Returns integer tensors: input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding),
     (B, T) each; and the positions of both EOS, where rewards are read, (B, 2).
     """
@@ -295,7 +295,7 @@ def pair_mask(segments, dtype):
 
 @torch.no_grad()
 def check_layout(lm, pairs, args):
-    """Fails where the model's own forward on prompt + rejected gives another log-prob than the row of a pair.
+    """Fails where the rejected response's log-prob in a pair's row is not that of the model's own forward.
     Such a model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
     prompt, _, rejected = pair = pairs[pairs.lengths[:, [0, 2]].sum(1).argmax()]  # the longest
     logp = PairModel(lm)([pair])[0][0, 1]
@@ -446,7 +446,7 @@ def start_run(engine, args):
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {folder}", "delete it to start anew"):
+        with reading(f"--resume: {folder}", "unless memory ran out, delete it and start anew"):
             state = torch.load(f"{folder}/state.pt", weights_only=True)
             for name, value in run.items():
                 before = state["run"].get(name)
@@ -484,9 +484,9 @@ def log(args, step, window, prefix="", **figures):
 
 
 def save_checkpoint(engine, args, state):
-    """Writes <out>/checkpoint/step<k>, then state.pt, which names the whole one, and deletes the others."""
+    """Writes <out>/checkpoint/step<k>, then state.pt, which names that step, and deletes the steps before."""
     folder, step = f"{args.out}/checkpoint", f"step{state['step']}"
-    with reading(f"{folder}/{step}", "make room, then go on with --resume"):
+    with reading(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
         engine.save_checkpoint(folder, step, save_latest=False)
         if dist.get_rank() == 0:
             state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
@@ -503,7 +503,7 @@ def save_model(lm, tokenizer, folder, head):
         fail(f"{folder}: the weights are not finite and are not saved; lower --learning_rate")
     if dist.get_rank() == 0:
         partial = f"{folder}/partial"
-        with reading(partial, "make room, then go on with --resume"):
+        with reading(partial, "make room, then go on with --resume, or start again"):
             lm.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             if head:

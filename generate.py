@@ -9,8 +9,8 @@ Out:  <model>/generations.jsonl, a row for each prompt and temperature, in promp
     deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out out/dpo/cnn.jsonl
     deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      # greedy
 
-A prompt that stands in several rows is taken once. Batches hold prompts of similar length. Each draws from a
-seed of its own, so the number of processes does not change the text. The batch size and the list of
+A prompt that stands in several rows is taken once. Batches hold prompts of similar length. A batch draws from
+a seed of its own, so the number of processes does not change the text. The batch size and the list of
 temperatures do.
 """
 import argparse
@@ -35,14 +35,14 @@ def parse_args():
     flag = parser.add_argument_group("data and model").add_argument
     flag("--model", default="out/drdo", help="the policy: a folder or a hub name")
     flag("--prompts", default="data/all/validation.jsonl", help="JSONL with `prompt`")
-    flag("--num_prompts", type=int, default=0, help="take only the first this many prompts; 0: all")
+    flag("--num_prompts", type=int, default=0, help="take only the first N prompts; 0: all")
     flag("--out", help="file to write; None: <model>/generations.jsonl")
     flag("--generator", help="the policy's name in the output; None: --model")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--temperature", type=float, nargs="+", default=[0.2, 0.5, 0.7, 0.9], help="each; 0 is greedy")
-    flag("--top_p", type=float, default=0.8, help="take the likeliest tokens that hold this probability")
+    flag("--top_p", type=float, default=0.8, help="sample among the likeliest tokens of this probability")
     flag("--max_new_tokens", type=int, default=256, help="tokens after which a response is cut off")
-    flag("--max_length", type=int, default=1024, help="drop prompts longer than this less --max_new_tokens")
+    flag("--max_length", type=int, default=1024, help="drop prompts that pass it with --max_new_tokens added")
     flag("--micro_batch_size", type=int, default=32, help="prompts a batch, on one process")
     flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     flag("--seed", type=int, default=0, help="of the sampling")
@@ -80,7 +80,7 @@ def main():
     kept = [i for i, ids in enumerate(prompts) if len(ids) + args.max_new_tokens <= max_length]
     if not kept:
         fail(f"{args.prompts}: none of {len(rows)} prompts fits with --max_new_tokens {args.max_new_tokens} "
-             f"in --max_length {max_length}, or the model's positions; raise or lower them")
+             f"in --max_length {max_length}, or the model's positions; lower the one or raise the other")
 
     # ---- batches by length, at each temperature; each process gets its share of every temperature
     kept.sort(key=lambda i: -len(prompts[i]))
@@ -105,7 +105,7 @@ def main():
     parts = [None] * world_size
     dist.all_gather_object(parts, written)
     if rank == 0:
-        with open(args.out + ".partial", "w", encoding="utf-8") as file:
+        with open(args.out + ".partial", "w", encoding="utf-8", errors="replace") as file:
             for _, row in sorted(sum(parts, []), key=lambda item: item[0]):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         os.replace(args.out + ".partial", args.out)

@@ -1,5 +1,5 @@
 """The maths of nanoDRDO: Eq. 2-6 of DRDO (Direct Reward Distillation and policy-Optimization, arXiv
-2410.08458), IPO, and the two readouts of a causal LM's last hidden state: a response's log-prob and its reward.
+2410.08458), IPO, and the two readouts of a causal LM's last hidden state: log-prob and reward of a response.
 
 Plain functions of tensors. Copy this file into your project: it needs torch alone.
 

@@ -1,7 +1,8 @@
 """Trains the Oracle: a causal LM with a reward head beside its LM head, by Eq. 5 of DRDO (arXiv 2410.08458).
 
 In:   a causal LM, data/all/train.jsonl (prompt, chosen, rejected)
-Out:  out/oracle/: model and tokenizer (the head inside, as score.weight), args.json, log.jsonl, checkpoint/
+Out:  out/oracle/: model and tokenizer (the head inside, as score.weight), args.json, log.jsonl;
+      checkpoint/ while it runs
 
     deepspeed oracle.py                                              # the Oracle: alpha 0.01
     for k in 1 2 3; do deepspeed oracle.py --alpha 0 --seed $k --out out/reward_model_$k; done      # e-DPO's
@@ -151,7 +152,8 @@ def main():
 def loss_and_metrics(args, logps, rewards, chosen_tokens):
     """Eq. 5 of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l rejected.
 
-    logps: log pi(y|x), w's first, (B, 1 or 2). rewards: of (w, l), (B, 2). chosen_tokens: (B,).
+    logps: log pi(y|x), w's first, (B, 1 or 2), or (B, 0) if alpha is 0. rewards: of (w, l), (B, 2).
+    chosen_tokens: (B,).
     """
     reward_w, reward_l = rewards.unbind(1)
     bradley_terry = oracle_loss(reward_w, reward_l, None, alpha=0)  # Eq. 2
@@ -208,9 +210,9 @@ class PairModel(torch.nn.Module):
 def collate(pairs, device):
     """A batch of rows [prompt less its last token | last + chosen | last + rejected], padded right by zeros.
 
-    `last` is the prompt's last token, at its position in the prompt, once before each response. It predicts
-    the response's first token. Each later token is predicted by its left neighbour. The rejected response
-    sees the prompt, but not the chosen one.
+    `last` is a copy of the prompt's last token before each response, at its position in the prompt. It
+    predicts the response's first token. Each later token is predicted by its left neighbour. The rejected
+    response sees the prompt, but not the chosen one.
     Returns integer tensors: input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding),
     (B, T) each; and the positions of both EOS, where rewards are read, (B, 2).
     """
@@ -239,7 +241,7 @@ def pair_mask(segments, dtype):
 
 @torch.no_grad()
 def check_layout(lm, pairs, args):
-    """Fails where the model's own forward on prompt + rejected gives another log-prob than the row of a pair.
+    """Fails where the rejected response's log-prob in a pair's row is not that of the model's own forward.
     Such a model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
     prompt, _, rejected = pair = pairs[pairs.lengths[:, [0, 2]].sum(1).argmax()]  # the longest
     logp = PairModel(lm)([pair])[0][0, 1]
@@ -363,7 +365,7 @@ def start_run(engine, args):
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {folder}", "delete it to start anew"):
+        with reading(f"--resume: {folder}", "unless memory ran out, delete it and start anew"):
             state = torch.load(f"{folder}/state.pt", weights_only=True)
             for name, value in run.items():
                 before = state["run"].get(name)
@@ -401,9 +403,9 @@ def log(args, step, window, prefix="", **figures):
 
 
 def save_checkpoint(engine, args, state):
-    """Writes <out>/checkpoint/step<k>, then state.pt, which names the whole one, and deletes the others."""
+    """Writes <out>/checkpoint/step<k>, then state.pt, which names that step, and deletes the steps before."""
     folder, step = f"{args.out}/checkpoint", f"step{state['step']}"
-    with reading(f"{folder}/{step}", "make room, then go on with --resume"):
+    with reading(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
         engine.save_checkpoint(folder, step, save_latest=False)
         if dist.get_rank() == 0:
             state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")

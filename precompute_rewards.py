@@ -46,16 +46,17 @@ def parse_args():
     flag("--out", default="rewards.pt", help="file to write")
     flag("--relabel", metavar="FILE", help="write the pairs here again, the response with the higher mean "
          "reward as `chosen`; --out then belongs to this file, and align.py takes both")
-    flag("--max_length", type=int, default=1024, help="a row with more tokens of prompt + response gets NaN")
+    flag("--max_length", type=int, default=1024, help="a prompt + response with more tokens gets NaN")
     flag("--micro_batch_size", type=int, default=32, help="responses a forward pass, on one process")
     flag("--dtype", choices=["auto", "bf16", "fp32"], default="fp32",
          help="auto: bf16 where the hardware has it. It blurs a pair's reward difference, so distil fp32")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
     check_flags(args, "")
-    if os.path.isdir(args.out):
-        fail(f"--out {args.out} is a folder; name a file in it")
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    for name, path in ("out", args.out), ("relabel", args.relabel or ""):
+        if os.path.isdir(path):
+            fail(f"--{name} {path} is a folder; name a file in it")
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     return args
 
 
@@ -74,14 +75,14 @@ def main():
         fits = [i for i, ids in enumerate(texts) if len(ids) <= max_length]
         if not fits:
             fail(f"{args.data}: no row fits in --max_length {max_length}, or the model's positions; raise it")
-        scores = torch.full((len(texts) + 1,), math.nan)  # the last is the reward of no text, number -1
+        scores = torch.full((len(texts) + 1,), math.nan)  # the last, number -1: rows without this text
         scores[fits] = score(model, [texts[i] for i in fits], args.micro_batch_size, folder)
-        if scores[fits].isnan().any():
-            fail(f"--oracle {folder}: its rewards are NaN; train it again with a lower --learning_rate")
+        if not scores[fits].isfinite().all():
+            fail(f"--oracle {folder}: its rewards are not finite; train it with a lower --learning_rate")
         for key, numbers in columns.items():
             rewards.setdefault(key, []).append(scores[numbers])
         del model
-    rewards = {key: torch.stack(columns) for key, columns in rewards.items()}  # (K, N)
+    rewards = {key: torch.stack(parts) for key, parts in rewards.items()}  # (K, N)
 
     # ---- save and report
     if rank == 0:
@@ -172,15 +173,16 @@ def relabel(data, rewards, path):
     """Writes the pairs to `path`, the response with the higher mean reward as `chosen`. Swaps rewards too."""
     chosen, rejected = rewards["chosen"], rewards["rejected"]
     swapped = rejected.mean(0) > chosen.mean(0)  # (N,); NaN: not swapped
-    with open(data, encoding="utf-8-sig") as lines, open(path + ".partial", "w", encoding="utf-8") as file:
+    lines = open(data, encoding="utf-8-sig")
+    with open(path + ".partial", "w", encoding="utf-8", errors="replace") as file:
         for line, swap in zip(lines, swapped.tolist()):
             row = json.loads(line)
             if swap:
                 row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(path + ".partial", path)
-    rewards["chosen"], rewards["rejected"] = (torch.where(swapped, a, b) for a, b in (
-        (rejected, chosen), (chosen, rejected)))
+    rewards["chosen"] = torch.where(swapped, rejected, chosen)
+    rewards["rejected"] = torch.where(swapped, chosen, rejected)
     print(f"{path}: {len(swapped)} pairs, the two responses of {int(swapped.sum())} swapped")
 
 

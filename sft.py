@@ -1,7 +1,7 @@
 """Fine-tunes a causal LM on responses: the SFT policy that DRDO, DPO and e-DPO start from (arXiv 2410.08458).
 
 In:   a base LM, train.jsonl (prompt, chosen; or `label` or `response` in place of chosen)
-Out:  out/sft/: model and tokenizer, args.json, log.jsonl, checkpoint/
+Out:  out/sft/: model and tokenizer, args.json, log.jsonl; checkpoint/ while it runs
 
     deepspeed sft.py --model facebook/opt-125m
     deepspeed sft.py --model out/base --data data/sft/train.jsonl --eval_data data/sft/validation.jsonl
@@ -93,6 +93,7 @@ def main():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (
         (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / decay)))
     engine = make_engine(model, optimizer, schedule, args)
+    check_logits(lm, examples, args)
     state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
 
     # ---- training
@@ -104,7 +105,7 @@ def main():
         micro_batches = rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]
         for micro in micro_batches:
             logps = engine([examples[i] for i in micro])
-            # DeepSpeed averages over micro-batches and processes; this is the mean over the step's tokens
+            # DeepSpeed takes the mean over micro-batches and processes; the loss is the mean over all tokens
             engine.backward(-logps.sum() * len(micro_batches) * world_size / response_tokens[rows].sum())
             engine.step()  # the weights move after the step's last micro-batch
             nll -= logps.detach().sum()
@@ -162,6 +163,20 @@ def collate(examples, device):
 
 
 @torch.no_grad()
+def check_logits(lm, examples, args):
+    """Fails where a response's log-prob is not the model's own: some scale or cap their logits."""
+    prompt, response = example = examples[examples.lengths.sum(1).argmin()]  # the shortest
+    logp = ResponseModel(lm)([example])[0]
+    ids = torch.as_tensor(np.concatenate(example), dtype=torch.long, device=logp.device)
+    logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
+    own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
+    tolerance = 0.001 * len(response) if lm.dtype.itemsize >= 4 else 0.5 + 0.5 * len(response) ** 0.5
+    if not abs(own - logp) <= tolerance:  # NaN too
+        fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward and "
+             f"{logp:.2f} by its last hidden state; take another model type")
+
+
+@torch.no_grad()
 def mean_nll(model, examples, args):
     """Mean negative log-likelihood of the examples' response tokens, (1,), shared out among the processes."""
     total = torch.zeros(1, dtype=torch.float64, device=model.lm.device)
@@ -175,7 +190,7 @@ def mean_nll(model, examples, args):
 
 
 def response_key(path):
-    """Where a file's first row has its response: `chosen`, `label` or `response`."""
+    """The key of a file's responses, by its first row: `chosen`, `label` or `response`."""
     with reading(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
         row = json.loads(file.readline())
         return next((key for key in ("chosen", "label", "response") if key in row), "chosen")
@@ -280,7 +295,7 @@ def start_run(engine, args):
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {folder}", "delete it to start anew"):
+        with reading(f"--resume: {folder}", "unless memory ran out, delete it and start anew"):
             state = torch.load(f"{folder}/state.pt", weights_only=True)
             for name, value in run.items():
                 before = state["run"].get(name)
@@ -318,9 +333,9 @@ def log(args, step, window, prefix="", **figures):
 
 
 def save_checkpoint(engine, args, state):
-    """Writes <out>/checkpoint/step<k>, then state.pt, which names the whole one, and deletes the others."""
+    """Writes <out>/checkpoint/step<k>, then state.pt, which names that step, and deletes the steps before."""
     folder, step = f"{args.out}/checkpoint", f"step{state['step']}"
-    with reading(f"{folder}/{step}", "make room, then go on with --resume"):
+    with reading(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
         engine.save_checkpoint(folder, step, save_latest=False)
         if dist.get_rank() == 0:
             state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")

@@ -242,6 +242,8 @@ CASES = {
     "weights of another shape": (DPO, {CONFIG: settings(hidden_size=32)}, [POLICY, "whole causal LM"]),
     "weights with code in them": (DPO, {WEIGHTS: None, f"{POLICY}/pytorch_model.bin": CODE},
                                   [POLICY, "whole causal LM"]),
+    "a model that scales its logits": (SFT, {CONFIG: settings(model_type="granite", logits_scaling=8.0)},
+                                       ["--model out/sft", "own forward"]),
     "a model with its own code": (DPO, {CONFIG: REMOTE, f"{POLICY}/code.py": b"import os; os.mkdir('ran')"},
                                   [POLICY]),
     "more words than embeddings": (DPO, {f"{POLICY}/tokenizer.json": one_more, TRAIN: row(chosen=" zebra")},
