@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from shutil import rmtree
@@ -206,8 +207,9 @@ class Run:
         that it took."""
         start, workers = time.time(), []
         if self.processes > 1 and rng.random() < 0.5:
-            workers = [child for child in psutil.Process(self.process.pid).children(recursive=True)
-                       if any("--local_rank=" in part for part in child.cmdline())]
+            with suppress(psutil.Error):  # a process may just have ended
+                workers = [child for child in psutil.Process(self.process.pid).children(recursive=True)
+                           if any("--local_rank=" in part for part in child.cmdline())]
         if len(workers) == self.processes:
             rng.choice(workers).kill()
             try:
