@@ -1,8 +1,9 @@
 """The study on the toy task (tests/toy.py): where DRDO wins and where it does not, judged by the true reward.
 
 A cell is a set of preference pairs, an Oracle and a number of steps. It trains several methods. Each seed has
-its own posts, labels, prompts and base LM. Stages run in forked processes: imports are paid for once.
-Two seeds run at a time, each on one thread. What is already there does not run again.
+its own posts, labels, prompts and base LM. Stages run in forked processes: imports are paid for once. What is
+already there does not run again. A tie counts half a win. Intervals are 95%, by Student's t over the seeds'
+means.
 
     python tests/lab.py              # the whole study: hours; its bar estimates how many
     python tests/lab.py --seeds 20 21 --cells clean_all noisy_lc_le --methods "DPO" "DRDO (head)"
@@ -10,8 +11,6 @@ Two seeds run at a time, each on one thread. What is already there does not run 
     python tests/lab.py --terms      # gradients of Eq. 6's terms, at policies that are there
 
 Out: out/lab/seed<k>/, out/lab/results.json, grid.png and degeneration.png; the tables on stdout.
-
-A tie counts half a win. Intervals are 95%, by Student's t over the seeds' means.
 """
 import argparse
 import hashlib
@@ -71,8 +70,7 @@ METHODS = {
     "DRDO (log ratio)": (RATIO, "oracle", "--learning_rate 1e-4 --beta 0.1"),
     "DRDO (log ratio, mean p_w)": (f"{RATIO} --p_w mean", "oracle", "--learning_rate 1e-4 --beta 0.1"),
     "DRDO (log ratio, unit Oracle)": (f"{RATIO} --unit_oracle", "oracle", "--learning_rate 1e-4 --beta 0.3"),
-    RECOMMENDED: (f"{RATIO} --p_w mean --unit_oracle", "oracle", "--learning_rate 1e-4 --beta 0.03"),
-}
+    RECOMMENDED: (f"{RATIO} --p_w mean --unit_oracle", "oracle", "--learning_rate 1e-4 --beta 0.03")}
 HEADLINE = list(METHODS)
 MAIN = ["e-DPO (Oracle)", "DRDO (head)", "DRDO (logps)", "DRDO (log ratio)", RECOMMENDED]
 GRID, LONG = ["DPO", "e-DPO", *MAIN], ["SFT on winners", "DPO", "DPO + NLL", *MAIN]
@@ -86,8 +84,7 @@ ABLATION = {
                     "--detach_focal"],
     "DRDO (logps)": ["--alpha 0", "--alpha 1", "--beta 0.1", *BETAS],
     "DRDO (log ratio)": ["--alpha 1", "--gamma 0", "--gamma 5", *BETAS],
-    "e-DPO (Oracle)": BETAS,
-}
+    "e-DPO (Oracle)": BETAS}
 for name, flags in ABLATION.items():
     loss, learns, setting = METHODS[name]
     METHODS |= {f"{name} {flag}": (f"{loss} {flag}", learns, setting) for flag in flags}
@@ -111,18 +108,16 @@ CELLS = {
     **{f"steps_{n}": cell(flip=0.4, split="lc_le", steps=n, methods=LONG) for n in (300, 1000)},
     **{f"grid_{flip}_{who}": cell(flip=flip, oracle=who, methods=GRID) for who in TEACHERS for flip in FLIPS},
     "ablation": cell(methods=VARIANTS),
-    "clean_hc_he": cell(split="hc_he", methods=GRID),
-    "clean_lc_le": cell(split="lc_le", methods=GRID),
+    **{f"clean_{split}": cell(split=split, methods=GRID) for split in ("hc_he", "lc_le")},
     **{f"winners_{w}": cell(winners=w, methods=["DPO", *MAIN]) for w in ("shorter", "equal", "longer")},
     **{f"pairs_{n}": cell(flip=0.2, pairs=n, methods=["DPO", *MAIN]) for n in (500, 1500)},
     "cross_model": cell(oracle="gpt_neox", methods=["DPO", *MAIN]),
     **{f"labels_{who}": cell(oracle="others", labels=who, methods=["DPO", *MAIN, *UNLABELLED])
-       for who in ("own", "oracle")},
-}
+       for who in ("own", "oracle")}}
 SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [20, 21, 22, 23, 24], [90, 91], ["clean_all", "noisy_lc_le"]
 SHARED = {"eval_data": "", "save_steps": 0, "warmup_steps": 10}  # flags of sft.py, oracle.py and align.py
 DOMAINS = {"test": "posts", "articles": "articles"}
-TEMPERATURES = (0.2, 0.5, 0.9)  # beside 0.7
+TEMPERATURES = 0.2, 0.5, 0.9  # beside 0.7
 OTHER_MODELS = {"larger": {"layers": 3}, "gpt_neox": {"family": "gpt_neox"}}  # than the student, and wider
 OPPONENTS = ["SFT", "DPO", "e-DPO", "e-DPO (Oracle)"]
 
@@ -151,7 +146,6 @@ def main():
         return choose(seeds, homes, args.workers, [name for name in HEADLINE if name in wanted])
     if args.terms:
         return [terms(name, seeds, homes) for name in args.cells or ["clean_all"]]
-
     cells = {name: CELLS[name] | {"methods": [m for m in CELLS[name]["methods"] if m in wanted]}
              for name in args.cells or CELLS}
     cells = {name: cell for name, cell in cells.items() if cell["methods"]}
@@ -160,10 +154,11 @@ def main():
     train(seeds, homes, cells, args.workers, {name: [setting] for name, (_, _, setting) in METHODS.items()})
     results = {name: judge(cell, homes) for name, cell in tqdm(cells.items(), "judging")}
     report(args.out, results)
-    if all(name in cells for name in LENGTHS.values()) and len(homes) > 1:
+    if cells.keys() >= set(LENGTHS.values()) and len(homes) > 1:
         best_lengths(cells, homes)
-    if not args.methods:
+    if cells.keys() >= set(LENGTHS.values()) and not args.methods:
         draw_degeneration(f"{args.out}/degeneration.png", results)
+    if cells.keys() >= {f"grid_{flip}_{who}" for who in TEACHERS for flip in FLIPS} and not args.methods:
         draw_grid(f"{args.out}/grid.png", results)
 
 
@@ -193,10 +188,9 @@ def train(seeds, homes, cells, workers, settings):
 
 def prepare(seed, home):
     """Makes a seed's base LM, SFT policy and prompts."""
-    raw = f"{home}/raw"
     stage(toy, home, "/base/config.json", seed=seed, prompts=250)
-    stage(splits, f"{home}/data", "/prompts/articles.jsonl", seed=seed, dataset=f"{raw}/sft.jsonl",
-          prompts=[f"{raw}/test.jsonl", f"{raw}/articles.jsonl"])
+    stage(splits, f"{home}/data", "/prompts/articles.jsonl", seed=seed, dataset=f"{home}/raw/sft.jsonl",
+          prompts=[f"{home}/raw/{name}.jsonl" for name in DOMAINS])
     with open(f"{home}/prompts.jsonl", "w") as file:
         file.writelines(Path(f"{home}/data/prompts/{name}.jsonl").read_text() for name in DOMAINS)
     sample(seed, home, tune(seed, home, f"{home}/base", f"{home}/sft"))
@@ -221,7 +215,7 @@ def teach(seed, home, cell):
             toy.write_jsonl(path, make(times * cell["pairs"], seed + more, cell["flip"]))
         return path
 
-    def reward_model(name, **flags):
+    def fit(name, **flags):  # a reward model; its folder
         stage(oracle, f"{world}/{name}", "/model.safetensors", **{
             "model": f"{home}/sft", "data": f"{world}/data/all/train.jsonl", **SHARED, "seed": seed,
             "batch_size": 16, "learning_rate": 2e-3, "max_steps": 400, **flags})
@@ -230,21 +224,20 @@ def teach(seed, home, cell):
     stage(splits, f"{world}/data", f"/{whole}", dataset=pairs("comparisons", toy.make_comparisons), seed=seed)
     if cell["winners"] != "any":
         keep_winners(f"{world}/data/{whole}", cell["winners"], data)
-    learned = judge = reward_model("oracle")
+    learned = judge = fit("oracle")
     if who == "others":  # learned from other pairs
-        judge = reward_model("others_oracle", data=pairs("other_pairs_1", toy.make_pairs, 1, 500))
+        judge = fit("others_oracle", data=pairs("other_pairs_1", toy.make_pairs, 1, 500))
     elif who in OTHER_MODELS:  # on three times the pairs
         stage(toy, f"{home}/{who}", "/base/config.json", seed=seed, hidden_size=96, **OTHER_MODELS[who])
-        judge = reward_model(f"{who}_oracle", max_steps=1000, learning_rate=1e-3,
-                             model=tune(seed, home, f"{home}/{who}/base", f"{home}/{who}_sft"),
-                             data=pairs("other_pairs_3", toy.make_pairs, 3, 500))
+        other = tune(seed, home, f"{home}/{who}/base", f"{home}/{who}_sft")
+        judge = fit(f"{who}_oracle", model=other, data=pairs("other_pairs_3", toy.make_pairs, 3, 500),
+                    max_steps=1000, learning_rate=1e-3)
     elif who == "true" and not os.path.exists(rewards):
-        save_truth(data, rewards)  # so the next stage has nothing to do
+        save_truth(data, rewards)  # the stage below finds them there
     relabel = {"data": f"{world}/data/{whole}", "relabel": data} if cell["labels"] == "oracle" else {}
     stage(precompute_rewards, rewards, **{"oracle": judge, "data": data, **relabel})
     if "e-DPO" in cell["methods"]:
-        members = [reward_model(f"reward_model_{k}", alpha=0, max_steps=250, seed=seed + 1000 * k)
-                   for k in (1, 2, 3)]
+        members = [fit(f"reward_model_{k}", alpha=0, max_steps=250, seed=seed + 1000 * k) for k in (1, 2, 3)]
         stage(precompute_rewards, ensemble, oracle=members, data=data)
     if cell["temperatures"]:
         sample(seed, home, f"{home}/sft", TEMPERATURES, "temperatures")
@@ -358,7 +351,8 @@ def judge(cell, homes):
         if cell["temperatures"] and method != "SFT":
             row |= win_rates("oracle", ours, texts["SFT"], "oracle")
             for t in TEMPERATURES:
-                row |= win_rates(f"T={t}", *(read(homes, cell, name, temperature=t) for name in (method, "SFT")))
+                at_t = (read(homes, cell, name, temperature=t) for name in (method, "SFT"))
+                row |= win_rates(f"T={t}", *at_t)
         if method == "SFT":
             right, stds = zip(*(teacher(cell, home) for home in homes))
             row |= {"oracle_right": float(np.mean(right)), "oracle_stds": list(stds)}
@@ -382,7 +376,8 @@ def read(homes, cell, method, setting=None, temperature=0.7):
             scores = torch.load(path, weights_only=True)["response"][0].tolist()
         for row, score in zip(rows, scores):
             if row["temperature"] == temperature:
-                answers[row["dataset"]][row["prompt"]] = {**row, "true": toy.true_reward(row), "oracle": score}
+                row |= {"true": toy.true_reward(row), "oracle": score}
+                answers[row["dataset"]][row["prompt"]] = row
         texts.append(answers)
     return texts
 
@@ -403,24 +398,20 @@ def wins(ours, theirs, judge="true"):
     return np.array([(np.sign(ours[prompt][judge] - theirs[prompt][judge]) + 1) / 2 for prompt in ours])
 
 
-# 97.5%, by the number of seeds
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-
-
 def interval(by_seed):
     """Mean and 95% interval of values by seed, arrays over prompts: Student's t of the seeds' means.
     (A bootstrap of five seeds is too narrow by a third.) One seed has no interval."""
     means, n = np.array([values.mean() for values in by_seed]), len(by_seed)
-    half = STUDENT_T.get(n, 2.0) * means.std(ddof=1) / n ** 0.5 if n > 1 else np.nan
+    student_t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5%
+    half = student_t.get(n, 2.0) * means.std(ddof=1) / n ** 0.5 if n > 1 else np.nan
     return [float(means.mean()), float(means.mean() - half), float(means.mean() + half)]
 
 
 def teacher(cell, home):
     """(how often the Oracle prefers the truly better response of a cell's pairs, std of its differences)."""
     _, _, data, path = places(home, cell)
-    saved = torch.load(path, weights_only=True)
+    rows, saved = read_rows(data), torch.load(path, weights_only=True)
     margins = (saved["chosen"] - saved["rejected"])[0]
-    rows = read_rows(data)
     chosen, rejected = (torch.tensor([toy.true_reward({**row, "response": row[key]}) for row in rows])
                         for key in ("chosen", "rejected"))
     right = ((margins > 0) == (chosen > rejected))[chosen != rejected]
@@ -468,8 +459,7 @@ def print_row(*cells):
 
 
 def best_lengths(cells, homes):
-    """Prints each method at its best number of steps. For a seed, that one wins most against SFT on the
-    other seeds: nothing is chosen on the prompts that judge it."""
+    """Prints each method at its best number of steps: for a seed, that wins most on the other seeds."""
     lengths = [cells[name] for name in LENGTHS.values()]
     best, texts = {}, {"SFT": read(homes, lengths[0], "SFT")}
     for method in cells[LENGTHS[1000]]["methods"]:
@@ -483,7 +473,7 @@ def best_lengths(cells, homes):
     print_title("method", "steps, by seed", *(f"against {name}" for name in others))
     for method, indices in best.items():
         rows = [win_rates(name, texts[method], texts[name]) if name != method else {} for name in others]
-        print_row(method, ", ".join(str(list(LENGTHS)[length]) for length in indices), *map(show, rows, others))
+        print_row(method, ", ".join(str(list(LENGTHS)[i]) for i in indices), *map(show, rows, others))
 
 
 def best_elsewhere(rates):
@@ -495,8 +485,6 @@ def best_elsewhere(rates):
 
 def draw_degeneration(path, results):
     """True reward and length of the answers after 100, 300 and 1000 steps on noisy pairs."""
-    if not all(name in results for name in LENGTHS.values()):
-        return
     import matplotlib.pyplot as plt
     styles = {RECOMMENDED: "C0P-", "e-DPO (Oracle)": "C1D-.", "DPO + NLL": "C2^--", "DRDO (head)": "C4s:",
               "DPO": "C3o-"}
@@ -518,8 +506,6 @@ def draw_degeneration(path, results):
 
 def draw_grid(path, results):
     """Win rates against DPO by label noise and Oracle."""
-    if not all(f"grid_{flip}_{who}" in results for flip in FLIPS for who in TEACHERS):
-        return
     import matplotlib.pyplot as plt
     figure, panels = plt.subplots(2, len(GRID) - 1, figsize=(13, 5), sharex=True, sharey=True,
                                   layout="constrained")
