@@ -2,8 +2,7 @@
 
 A cell is a set of preference pairs, an Oracle and a number of steps. It trains several methods. Each seed has
 its own posts, labels, prompts and base LM. Stages run in forked processes: imports are paid for once. What is
-already there does not run again. A tie counts half a win. Intervals are 95%, by Student's t over the seeds'
-means.
+there does not run again. A tie counts half a win. Intervals are 95%, by Student's t over the seeds' means.
 
     python tests/lab.py              # the whole study: hours; its bar estimates how many
     python tests/lab.py --seeds 20 21 --cells clean_all noisy_lc_le --methods "DPO" "DRDO (head)"
@@ -176,12 +175,11 @@ def train(seeds, homes, cells, workers, settings):
         with locks[seed]:  # a seed's cells share its data and models
             prepare(seed, home)
             rewards = teach(seed, home, cell)
-            for method in cell["methods"]:
-                for setting in settings[method]:
-                    train_policy(seed, home, cell, method, setting, rewards)
-                    bar.update()
+            for method, setting in [(m, s) for m in cell["methods"] for s in settings[m]]:
+                train_policy(seed, home, cell, method, setting, rewards)
+                bar.update()
 
-    total = len(seeds) * sum(len(settings[method]) for cell in cells.values() for method in cell["methods"])
+    total = len(seeds) * sum(len(settings[m]) for cell in cells.values() for m in cell["methods"])
     with tqdm(total=total, desc="policies", smoothing=0) as bar, ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, itertools.product(cells.values(), zip(seeds, homes))))
 
@@ -445,7 +443,6 @@ def report(out, results):
 
 
 def show(row, name, form="{:.2f} [{:.2f}, {:.2f}]"):
-    """A row's figures in the two domains; nothing where it has none."""
     return " / ".join(form.format(*row[key]) for domain in DOMAINS if (key := f"{name}/{domain}") in row)
 
 
