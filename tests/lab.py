@@ -1,8 +1,8 @@
 """The study on the toy task (tests/toy.py): where DRDO wins and where it does not, judged by the true reward.
 
 A cell is a set of preference pairs, an Oracle and a number of steps. It trains several methods. Each seed has
-its own posts, labels, prompts and base LM. Stages run in forked processes: imports are paid for once.
-Two seeds run at a time, each on one thread. What is already there does not run again.
+its own posts, labels, prompts and base LM. Stages run in forked processes: imports are paid for once. What is
+there does not run again. A tie counts half a win. Intervals are 95%, by Student's t over the seeds' means.
 
     python tests/lab.py              # the whole study: hours; its bar estimates how many
     python tests/lab.py --seeds 20 21 --cells clean_all noisy_lc_le --methods "DPO" "DRDO (head)"
@@ -10,8 +10,6 @@ Two seeds run at a time, each on one thread. What is already there does not run 
     python tests/lab.py --terms      # gradients of Eq. 6's terms, at policies that are there
 
 Out: out/lab/seed<k>/, out/lab/results.json, grid.png and degeneration.png; the tables on stdout.
-
-A tie counts half a win. Intervals are 95%, by Student's t over the seeds' means.
 """
 import argparse
 import hashlib
@@ -71,8 +69,7 @@ METHODS = {
     "DRDO (log ratio)": (RATIO, "oracle", "--learning_rate 1e-4 --beta 0.1"),
     "DRDO (log ratio, mean p_w)": (f"{RATIO} --p_w mean", "oracle", "--learning_rate 1e-4 --beta 0.1"),
     "DRDO (log ratio, unit Oracle)": (f"{RATIO} --unit_oracle", "oracle", "--learning_rate 1e-4 --beta 0.3"),
-    RECOMMENDED: (f"{RATIO} --p_w mean --unit_oracle", "oracle", "--learning_rate 1e-4 --beta 0.03"),
-}
+    RECOMMENDED: (f"{RATIO} --p_w mean --unit_oracle", "oracle", "--learning_rate 1e-4 --beta 0.03")}
 HEADLINE = list(METHODS)
 MAIN = ["e-DPO (Oracle)", "DRDO (head)", "DRDO (logps)", "DRDO (log ratio)", RECOMMENDED]
 GRID, LONG = ["DPO", "e-DPO", *MAIN], ["SFT on winners", "DPO", "DPO + NLL", *MAIN]
@@ -86,8 +83,7 @@ ABLATION = {
                     "--detach_focal"],
     "DRDO (logps)": ["--alpha 0", "--alpha 1", "--beta 0.1", *BETAS],
     "DRDO (log ratio)": ["--alpha 1", "--gamma 0", "--gamma 5", *BETAS],
-    "e-DPO (Oracle)": BETAS,
-}
+    "e-DPO (Oracle)": BETAS}
 for name, flags in ABLATION.items():
     loss, learns, setting = METHODS[name]
     METHODS |= {f"{name} {flag}": (f"{loss} {flag}", learns, setting) for flag in flags}
@@ -111,17 +107,17 @@ CELLS = {
     **{f"steps_{n}": cell(flip=0.4, split="lc_le", steps=n, methods=LONG) for n in (300, 1000)},
     **{f"grid_{flip}_{who}": cell(flip=flip, oracle=who, methods=GRID) for who in TEACHERS for flip in FLIPS},
     "ablation": cell(methods=VARIANTS),
-    "clean_hc_he": cell(split="hc_he", methods=GRID),
-    "clean_lc_le": cell(split="lc_le", methods=GRID),
+    **{f"clean_{split}": cell(split=split, methods=GRID) for split in ("hc_he", "lc_le")},
     **{f"winners_{w}": cell(winners=w, methods=["DPO", *MAIN]) for w in ("shorter", "equal", "longer")},
     **{f"pairs_{n}": cell(flip=0.2, pairs=n, methods=["DPO", *MAIN]) for n in (500, 1500)},
     "cross_model": cell(oracle="gpt_neox", methods=["DPO", *MAIN]),
     **{f"labels_{who}": cell(oracle="others", labels=who, methods=["DPO", *MAIN, *UNLABELLED])
-       for who in ("own", "oracle")},
-}
+       for who in ("own", "oracle")}}
 SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [20, 21, 22, 23, 24], [90, 91], ["clean_all", "noisy_lc_le"]
 SHARED = {"eval_data": "", "save_steps": 0, "warmup_steps": 10}  # flags of sft.py, oracle.py and align.py
 DOMAINS = {"test": "posts", "articles": "articles"}
+TEMPERATURES = 0.2, 0.5, 0.9  # beside 0.7
+OTHER_MODELS = {"larger": {"layers": 3}, "gpt_neox": {"family": "gpt_neox"}}  # than the student, and wider
 OPPONENTS = ["SFT", "DPO", "e-DPO", "e-DPO (Oracle)"]
 
 
@@ -149,7 +145,6 @@ def main():
         return choose(seeds, homes, args.workers, [name for name in HEADLINE if name in wanted])
     if args.terms:
         return [terms(name, seeds, homes) for name in args.cells or ["clean_all"]]
-
     cells = {name: CELLS[name] | {"methods": [m for m in CELLS[name]["methods"] if m in wanted]}
              for name in args.cells or CELLS}
     cells = {name: cell for name, cell in cells.items() if cell["methods"]}
@@ -158,15 +153,15 @@ def main():
     train(seeds, homes, cells, args.workers, {name: [setting] for name, (_, _, setting) in METHODS.items()})
     results = {name: judge(cell, homes) for name, cell in tqdm(cells.items(), "judging")}
     report(args.out, results)
-    if all(name in cells for name in LENGTHS.values()) and len(homes) > 1:
+    if cells.keys() >= set(LENGTHS.values()) and len(homes) > 1:
         best_lengths(cells, homes)
-    if not args.methods:
+    if cells.keys() >= set(LENGTHS.values()) and not args.methods:
         draw_degeneration(f"{args.out}/degeneration.png", results)
+    if cells.keys() >= {f"grid_{flip}_{who}" for who in TEACHERS for flip in FLIPS} and not args.methods:
         draw_grid(f"{args.out}/grid.png", results)
 
 
 # ---- training the policies ---------------------------------------------------------------------------------
-
 
 def train(seeds, homes, cells, workers, settings):
     """Trains and samples each cell's methods for every seed, with each of settings, {method: [flags]}."""
@@ -180,22 +175,20 @@ def train(seeds, homes, cells, workers, settings):
         with locks[seed]:  # a seed's cells share its data and models
             prepare(seed, home)
             rewards = teach(seed, home, cell)
-            for method in cell["methods"]:
-                for setting in settings[method]:
-                    train_policy(seed, home, cell, method, setting, rewards)
-                    bar.update()
+            for method, setting in [(m, s) for m in cell["methods"] for s in settings[m]]:
+                train_policy(seed, home, cell, method, setting, rewards)
+                bar.update()
 
-    total = len(seeds) * sum(len(settings[method]) for cell in cells.values() for method in cell["methods"])
+    total = len(seeds) * sum(len(settings[m]) for cell in cells.values() for m in cell["methods"])
     with tqdm(total=total, desc="policies", smoothing=0) as bar, ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, itertools.product(cells.values(), zip(seeds, homes))))
 
 
 def prepare(seed, home):
     """Makes a seed's base LM, SFT policy and prompts."""
-    raw = f"{home}/raw"
     stage(toy, home, "/base/config.json", seed=seed, prompts=250)
-    stage(splits, f"{home}/data", "/prompts/articles.jsonl", seed=seed, dataset=f"{raw}/sft.jsonl",
-          prompts=[f"{raw}/test.jsonl", f"{raw}/articles.jsonl"])
+    stage(splits, f"{home}/data", "/prompts/articles.jsonl", seed=seed, dataset=f"{home}/raw/sft.jsonl",
+          prompts=[f"{home}/raw/{name}.jsonl" for name in DOMAINS])
     with open(f"{home}/prompts.jsonl", "w") as file:
         file.writelines(Path(f"{home}/data/prompts/{name}.jsonl").read_text() for name in DOMAINS)
     sample(seed, home, tune(seed, home, f"{home}/base", f"{home}/sft"))
@@ -210,53 +203,44 @@ def tune(seed, home, base, out):
 
 def teach(seed, home, cell):
     """Makes a cell's pairs and the rewards that its methods learn: {"oracle": file, "ensemble": file}."""
-    world, name, data, oracle_rewards = places(home, cell)
-    if not os.path.exists(f"{world}/comparisons.jsonl"):
-        os.makedirs(world, exist_ok=True)
-        toy.write_jsonl(f"{world}/comparisons.jsonl", toy.make_comparisons(cell["pairs"], seed, cell["flip"]))
-    whole = f"/{cell['split']}/train.jsonl"
-    stage(splits, f"{world}/data", whole, dataset=f"{world}/comparisons.jsonl", seed=seed)
-    if cell["winners"] != "any":
-        keep_winners(f"{world}/data{whole}", cell["winners"], data)
+    world, name, data, rewards = places(home, cell)
+    who, whole, ensemble = cell["oracle"], f"{cell['split']}/train.jsonl", f"{world}/{name}.ensemble.pt"
 
-    def reward_model(folder, **flags):
-        stage(oracle, folder, "/model.safetensors", **{
-            "model": f"{home}/sft", "data": f"{world}/data/all/train.jsonl", **SHARED, "seed": seed,
-            "batch_size": 16, "learning_rate": 2e-3, **flags})
-        return folder
-
-    def other_pairs(times):  # of other posts, with the same share of flips
-        path = f"{world}/other_pairs_{times}.jsonl"
+    def pairs(name, make, times=1, more=0):  # another seed gives other posts
+        path = f"{world}/{name}.jsonl"
         if not os.path.exists(path):
-            toy.write_jsonl(path, toy.make_pairs(times * cell["pairs"], seed + 500, cell["flip"]))
+            os.makedirs(world, exist_ok=True)
+            toy.write_jsonl(path, make(times * cell["pairs"], seed + more, cell["flip"]))
         return path
 
-    learned = reward_model(f"{world}/oracle", max_steps=400)
-    if cell["oracle"] == "learned":
-        stage(precompute_rewards, oracle_rewards, oracle=learned, data=data)
-    elif cell["oracle"] == "others":  # learned from other pairs; with labels "oracle" it orders these
-        more = other_pairs(1)
-        others = reward_model(f"{world}/others_oracle", max_steps=400, data=more)
-        relabel = {"relabel": data} if cell["labels"] == "oracle" else {}
-        stage(precompute_rewards, oracle_rewards, oracle=others, data=f"{world}/data{whole}", **relabel)
-    elif cell["oracle"] in ("larger", "gpt_neox"):  # another model than the student, on three times the pairs
-        size = {"larger": {"hidden_size": 96, "layers": 3},
-                "gpt_neox": {"hidden_size": 96, "family": "gpt_neox"}}[cell["oracle"]]
-        stage(toy, f"{home}/{cell['oracle']}", "/base/config.json", seed=seed, **size)
-        other = tune(seed, home, f"{home}/{cell['oracle']}/base", f"{home}/{cell['oracle']}_sft")
-        other = reward_model(f"{world}/{cell['oracle']}_oracle", max_steps=1000, learning_rate=1e-3,
-                             model=other, data=other_pairs(3))
-        stage(precompute_rewards, oracle_rewards, oracle=other, data=data)
-    elif not os.path.exists(oracle_rewards):
-        true_rewards(data, oracle_rewards)
+    def fit(name, **flags):  # a reward model; its folder
+        stage(oracle, f"{world}/{name}", "/model.safetensors", **{
+            "model": f"{home}/sft", "data": f"{world}/data/all/train.jsonl", **SHARED, "seed": seed,
+            "batch_size": 16, "learning_rate": 2e-3, "max_steps": 400, **flags})
+        return f"{world}/{name}"
+
+    stage(splits, f"{world}/data", f"/{whole}", dataset=pairs("comparisons", toy.make_comparisons), seed=seed)
+    if cell["winners"] != "any":
+        keep_winners(f"{world}/data/{whole}", cell["winners"], data)
+    learned = judge = fit("oracle")
+    if who == "others":  # learned from other pairs
+        judge = fit("others_oracle", data=pairs("other_pairs_1", toy.make_pairs, 1, 500))
+    elif who in OTHER_MODELS:  # on three times the pairs
+        stage(toy, f"{home}/{who}", "/base/config.json", seed=seed, hidden_size=96, **OTHER_MODELS[who])
+        other = tune(seed, home, f"{home}/{who}/base", f"{home}/{who}_sft")
+        judge = fit(f"{who}_oracle", model=other, data=pairs("other_pairs_3", toy.make_pairs, 3, 500),
+                    max_steps=1000, learning_rate=1e-3)
+    elif who == "true" and not os.path.exists(rewards):
+        save_truth(data, rewards)  # the stage below finds them there
+    relabel = {"data": f"{world}/data/{whole}", "relabel": data} if cell["labels"] == "oracle" else {}
+    stage(precompute_rewards, rewards, **{"oracle": judge, "data": data, **relabel})
     if "e-DPO" in cell["methods"]:
-        ensemble = [reward_model(f"{world}/reward_model_{k}", alpha=0, max_steps=250, seed=seed + 1000 * k)
-                    for k in (1, 2, 3)]
-        stage(precompute_rewards, f"{world}/{name}.ensemble.pt", oracle=ensemble, data=data)
+        members = [fit(f"reward_model_{k}", alpha=0, max_steps=250, seed=seed + 1000 * k) for k in (1, 2, 3)]
+        stage(precompute_rewards, ensemble, oracle=members, data=data)
     if cell["temperatures"]:
-        sample(seed, home, f"{home}/sft", (0.2, 0.5, 0.9), "temperatures")
+        sample(seed, home, f"{home}/sft", TEMPERATURES, "temperatures")
         stage(precompute_rewards, f"{world}/sft.pt", oracle=learned, data=f"{home}/sft/generations.jsonl")
-    return {"oracle": oracle_rewards, "ensemble": f"{world}/{name}.ensemble.pt"}
+    return {"oracle": rewards, "ensemble": ensemble}
 
 
 def places(home, cell):
@@ -277,12 +261,11 @@ def keep_winners(data, which, out):
         len(row["chosen"].split()) - len(row["rejected"].split()))])
 
 
-def true_rewards(data, out):
+def save_truth(data, out, reward=lambda row, key: toy.true_reward({**row, "response": row[key]})):
     """Writes the true rewards of a preference file, in the format of precompute_rewards.py."""
-    saved = {key: torch.tensor([[toy.true_reward({**row, "response": row[key]}) for row in read_rows(data)]])
-             for key in ("chosen", "rejected")}
-    sha256 = hashlib.sha256(Path(data).read_bytes()).hexdigest()
-    torch.save({**saved, "oracles": ["truth"], "data_sha256": sha256}, out)
+    rows, sha256 = read_rows(data), hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    truth = {key: torch.tensor([[reward(row, key) for row in rows]]) for key in ("chosen", "rejected")}
+    torch.save({**truth, "oracles": ["truth"], "data_sha256": sha256}, out)
 
 
 def train_policy(seed, home, cell, method, setting, rewards):
@@ -296,7 +279,7 @@ def train_policy(seed, home, cell, method, setting, rewards):
           max_steps=cell["steps"])
     sample(seed, home, folder)
     if cell["temperatures"]:
-        sample(seed, home, folder, (0.2, 0.5, 0.9), "temperatures")
+        sample(seed, home, folder, TEMPERATURES, "temperatures")
         stage(precompute_rewards, f"{folder}/rewards.pt", oracle=f"{world}/oracle",
               data=f"{folder}/generations.jsonl")
 
@@ -351,49 +334,50 @@ def stage(script, out, done="", *extra, **flags):
 
 # ---- verdicts ----------------------------------------------------------------------------------------------
 
-
 def judge(cell, homes):
     """{method: its figures in a cell}. Win rates, [mean, low, high]: "<opponent>/<domain>" by the truth,
     "T=0.2/<domain>" against SFT at another temperature, "oracle/<domain>" against SFT by the Oracle. Means of
     "true", "tokens", "eos" and of the last "logps". SFT's row has how often the Oracle is right, its stds."""
-    methods, figures = ["SFT", *cell["methods"]], {}
-    folders = {method: [policy_folder(home, cell, method) for home in homes] for method in methods}
-    texts = {method: [read(folder) for folder in folders[method]] for method in methods}
-    for method in methods:
+    texts, figures = {method: read(homes, cell, method) for method in ["SFT", *cell["methods"]]}, {}
+    for method, ours in texts.items():
         row = figures[method] = {"seeds": len(homes)}
-        for domain in DOMAINS:
-            for other in methods:
-                if other != method:
-                    row[f"{other}/{domain}"] = win_rate(texts[method], texts[other], domain)
-            for name in ("true", "tokens", "eos"):
-                row[f"{name}/{domain}"] = interval([
-                    np.array([row[name] for row in seed[domain].values()], float) for seed in texts[method]])
-            if cell["temperatures"] and method != "SFT":
-                ours = [read(folder, rewards=f"{folder}/rewards.pt") for folder in folders[method]]
-                theirs = [read(f"{home}/sft", rewards=f"{places(home, cell)[0]}/sft.pt") for home in homes]
-                row[f"oracle/{domain}"] = win_rate(ours, theirs, domain, "oracle")
-                for t in (0.2, 0.5, 0.9):
-                    ours, theirs = ([read(folder, t) for folder in folders[name]] for name in (method, "SFT"))
-                    row[f"T={t}/{domain}"] = win_rate(ours, theirs, domain)
+        for other, theirs in texts.items():
+            row |= win_rates(other, ours, theirs) if other != method else {}
+        for name, domain in itertools.product(("true", "tokens", "eos"), DOMAINS):
+            row[f"{name}/{domain}"] = interval([
+                np.array([answer[name] for answer in seed[domain].values()], float) for seed in ours])
+        if cell["temperatures"] and method != "SFT":
+            row |= win_rates("oracle", ours, texts["SFT"], "oracle")
+            for t in TEMPERATURES:
+                at_t = (read(homes, cell, name, temperature=t) for name in (method, "SFT"))
+                row |= win_rates(f"T={t}", *at_t)
         if method == "SFT":
             right, stds = zip(*(teacher(cell, home) for home in homes))
             row |= {"oracle_right": float(np.mean(right)), "oracle_stds": list(stds)}
         elif method != "SFT on winners":
-            last = [read_rows(f"{folder}/log.jsonl")[-1] for folder in folders[method]]
+            last = [read_rows(f"{policy_folder(home, cell, method)}/log.jsonl")[-1] for home in homes]
             for name in ("logps/chosen", "logps/rejected"):
                 row[name] = float(np.mean([line[name] for line in last]))
     return figures
 
 
-def read(folder, temperature=0.7, rewards=None):
-    """{domain: {prompt: row}} of a policy's answers at a temperature, with `true` and `oracle` rewards."""
-    answers = {domain: {} for domain in DOMAINS}
-    rows = read_rows(f"{folder}/{'generations' if temperature == 0.7 else 'temperatures'}.jsonl")
-    scores = torch.load(rewards, weights_only=True)["response"][0].tolist() if rewards else [None] * len(rows)
-    for row, score in zip(rows, scores):
-        if row["temperature"] == temperature:
-            answers[row["dataset"]][row["prompt"]] = {**row, "true": toy.true_reward(row), "oracle": score}
-    return answers
+def read(homes, cell, method, setting=None, temperature=0.7):
+    """[{domain: {prompt: row}}]: a policy's answers at a temperature, seed by seed. A row has its `true`
+    reward and, where the cell has several temperatures, its `oracle` reward (at 0.7)."""
+    texts = []
+    for home in homes:
+        folder, answers = policy_folder(home, cell, method, setting), {domain: {} for domain in DOMAINS}
+        rows = read_rows(f"{folder}/{'generations' if temperature == 0.7 else 'temperatures'}.jsonl")
+        scores = itertools.repeat(None)
+        if cell["temperatures"] and temperature == 0.7:
+            path = f"{places(home, cell)[0]}/sft.pt" if method == "SFT" else f"{folder}/rewards.pt"
+            scores = torch.load(path, weights_only=True)["response"][0].tolist()
+        for row, score in zip(rows, scores):
+            if row["temperature"] == temperature:
+                row |= {"true": toy.true_reward(row), "oracle": score}
+                answers[row["dataset"]][row["prompt"]] = row
+        texts.append(answers)
+    return texts
 
 
 def read_rows(path):
@@ -401,9 +385,10 @@ def read_rows(path):
         return [json.loads(line) for line in file]
 
 
-def win_rate(ours, theirs, domain, judge="true"):
-    """[mean, low, high]. ours, theirs: read()'s, of each seed."""
-    return interval([wins(a[domain], b[domain], judge) for a, b in zip(ours, theirs)])
+def win_rates(name, ours, theirs, judge="true"):
+    """{"<name>/<domain>": [mean, low, high]} of what read() gives of two policies."""
+    return {f"{name}/{domain}": interval([wins(a[domain], b[domain], judge) for a, b in zip(ours, theirs)])
+            for domain in DOMAINS}
 
 
 def wins(ours, theirs, judge="true"):
@@ -411,24 +396,20 @@ def wins(ours, theirs, judge="true"):
     return np.array([(np.sign(ours[prompt][judge] - theirs[prompt][judge]) + 1) / 2 for prompt in ours])
 
 
-# 97.5%, by the number of seeds
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-
-
 def interval(by_seed):
     """Mean and 95% interval of values by seed, arrays over prompts: Student's t of the seeds' means.
     (A bootstrap of five seeds is too narrow by a third.) One seed has no interval."""
     means, n = np.array([values.mean() for values in by_seed]), len(by_seed)
-    half = STUDENT_T.get(n, 2.0) * means.std(ddof=1) / n ** 0.5 if n > 1 else np.nan
+    student_t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5%
+    half = student_t.get(n, 2.0) * means.std(ddof=1) / n ** 0.5 if n > 1 else np.nan
     return [float(means.mean()), float(means.mean() - half), float(means.mean() + half)]
 
 
 def teacher(cell, home):
     """(how often the Oracle prefers the truly better response of a cell's pairs, std of its differences)."""
     _, _, data, path = places(home, cell)
-    saved = torch.load(path, weights_only=True)
+    rows, saved = read_rows(data), torch.load(path, weights_only=True)
     margins = (saved["chosen"] - saved["rejected"])[0]
-    rows = read_rows(data)
     chosen, rejected = (torch.tensor([toy.true_reward({**row, "response": row[key]}) for row in rows])
                         for key in ("chosen", "rejected"))
     right = ((margins > 0) == (chosen > rejected))[chosen != rejected]
@@ -438,21 +419,19 @@ def teacher(cell, home):
 def report(out, results):
     """Prints the tables of each cell and writes results.json. results: {cell: judge()'s figures}."""
     for name, figures in results.items():
-        cell, sft_row, last = CELLS[name], figures["SFT"], list(figures.values())[-1]
-        stds = ", ".join(f"{std:.2f}" for std in sft_row["oracle_stds"])
+        sft_row, last = figures["SFT"], list(figures.values())[-1]
         print("\n## {}: {split}, flips {flip}, Oracle {oracle}, winners {winners}, {pairs} pairs, "
-              "{steps} steps, {} seeds; posts / articles\n".format(name, sft_row["seeds"], **cell))
+              "{steps} steps, {} seeds; posts / articles\n".format(name, sft_row["seeds"], **CELLS[name]))
         print(f"The Oracle is right on {sft_row['oracle_right']:.2f} of the pairs, by the truth; its "
-              f"differences' std, by seed: {stds}.\n")
+              "differences' std, by seed:", ", ".join(f"{std:.2f}" for std in sft_row["oracle_stds"]) + ".\n")
         titles = {other: f"against {other}" for other in OPPONENTS if other in figures}
         if "oracle/test" in last:
             titles["oracle"] = "against SFT by the Oracle"
         print_title("method", *titles.values(), "true reward", "tokens", "EOS", "log pi(y_w), log pi(y_l)")
         for method, row in figures.items():
-            print_row(method, *(show(row, other) if f"{other}/test" in row else "" for other in titles),
-                      show(row, "true", "{:.2f}"), f"{row['tokens/test'][0]:.1f}",
-                      f"{row['eos/test'][0]:.2f}", "{logps/chosen:.1f}, {logps/rejected:.1f}".format(**row)
-                      if "logps/chosen" in row else "")
+            logps = [f"{row[key]:.1f}" for key in ("logps/chosen", "logps/rejected") if key in row]
+            print_row(method, *(show(row, other) for other in titles), show(row, "true", "{:.2f}"),
+                      f"{row['tokens/test'][0]:.1f}", f"{row['eos/test'][0]:.2f}", ", ".join(logps))
         if "T=0.2/test" in last:
             print("\nAgainst SFT at the same temperature:\n")
             print_title("method", "T = 0.2", "0.5", "0.7", "0.9")
@@ -464,7 +443,7 @@ def report(out, results):
 
 
 def show(row, name, form="{:.2f} [{:.2f}, {:.2f}]"):
-    return " / ".join(form.format(*row[f"{name}/{domain}"]) for domain in DOMAINS)
+    return " / ".join(form.format(*row[key]) for domain in DOMAINS if (key := f"{name}/{domain}") in row)
 
 
 def print_title(*cells):
@@ -477,12 +456,11 @@ def print_row(*cells):
 
 
 def best_lengths(cells, homes):
-    """Prints each method at its best number of steps. For a seed, that one wins most against SFT on the
-    other seeds: nothing is chosen on the prompts that judge it."""
-    best, texts = {}, {"SFT": [read(f"{home}/sft") for home in homes]}
+    """Prints each method at its best number of steps: for a seed, that wins most on the other seeds."""
+    lengths = [cells[name] for name in LENGTHS.values()]
+    best, texts = {}, {"SFT": read(homes, lengths[0], "SFT")}
     for method in cells[LENGTHS[1000]]["methods"]:
-        tried = [[read(policy_folder(home, cells[name], method)) for home in homes]
-                 for name in LENGTHS.values()]
+        tried = [read(homes, cell, method) for cell in lengths]
         rates = np.array([[np.mean([wins(ours[domain], start[domain]).mean() for domain in DOMAINS])
                            for ours, start in zip(row, texts["SFT"])] for row in tried])  # (lengths, seeds)
         best[method] = best_elsewhere(rates)
@@ -490,11 +468,9 @@ def best_lengths(cells, homes):
     print(f"\n## best of {', '.join(map(str, LENGTHS))} steps, chosen on the other seeds; posts / articles\n")
     others = [name for name in ("SFT", "DPO", "e-DPO (Oracle)") if name in texts]
     print_title("method", "steps, by seed", *(f"against {name}" for name in others))
-    for method, lengths in best.items():
-        row = {f"{name}/{domain}": win_rate(texts[method], texts[name], domain)
-               for name in others for domain in DOMAINS}
-        print_row(method, ", ".join(str(list(LENGTHS)[length]) for length in lengths),
-                  *(show(row, name) if name != method else "" for name in others))
+    for method, indices in best.items():
+        rows = [win_rates(name, texts[method], texts[name]) if name != method else {} for name in others]
+        print_row(method, ", ".join(str(list(LENGTHS)[i]) for i in indices), *map(show, rows, others))
 
 
 def best_elsewhere(rates):
@@ -504,11 +480,8 @@ def best_elsewhere(rates):
 
 # ---- pictures ----------------------------------------------------------------------------------------------
 
-
 def draw_degeneration(path, results):
     """True reward and length of the answers after 100, 300 and 1000 steps on noisy pairs."""
-    if not all(name in results for name in LENGTHS.values()):
-        return
     import matplotlib.pyplot as plt
     styles = {RECOMMENDED: "C0P-", "e-DPO (Oracle)": "C1D-.", "DPO + NLL": "C2^--", "DRDO (head)": "C4s:",
               "DPO": "C3o-"}
@@ -530,8 +503,6 @@ def draw_degeneration(path, results):
 
 def draw_grid(path, results):
     """Win rates against DPO by label noise and Oracle."""
-    if not all(f"grid_{flip}_{who}" in results for flip in FLIPS for who in TEACHERS):
-        return
     import matplotlib.pyplot as plt
     figure, panels = plt.subplots(2, len(GRID) - 1, figsize=(13, 5), sharex=True, sharey=True,
                                   layout="constrained")
@@ -559,24 +530,25 @@ def save(figure, path):
 
 # ---- --choose and --terms ----------------------------------------------------------------------------------
 
-
 def choose(seeds, homes, workers, methods):
     """Runs every setting of every method in CHOOSING_CELLS. Marks the one that wins most against SFT."""
     cells = {name: CELLS[name] | {"methods": methods, "temperatures": False} for name in CHOOSING_CELLS}
     settings = {name: WITH_BETA if "--beta" in METHODS[name][2] else WITHOUT_BETA for name in methods}
     train(seeds, homes, cells, workers, settings)
-    start = [read(f"{home}/sft") for home in homes]
     print_title("method", "setting", "mean", *(f"{name}, {DOMAINS[d]}" for name in cells for d in DOMAINS))
     for method in methods:
-        rates = {}
-        for setting in settings[method]:
-            texts = [[read(policy_folder(home, cell, method, setting)) for home in homes]
-                     for cell in cells.values()]
-            rates[setting] = [win_rate(ours, start, domain)[0] for ours in texts for domain in DOMAINS]
-        most = max(map(np.mean, rates.values()))
-        for setting, row in rates.items():
-            best = "**" if np.mean(row) == most else ""
-            print_row(method, f"{best}`{setting}`{best}", *(f"{rate:.3f}" for rate in (np.mean(row), *row)))
+        print_settings(method, {setting: [
+            rate for cell in cells.values() for rate, *_ in win_rates(
+                "SFT", read(homes, cell, method, setting), read(homes, cell, "SFT")).values()]
+            for setting in settings[method]})
+
+
+def print_settings(method, rates):
+    """Prints a row a setting, {setting: win rates}: their mean and each; the best in bold."""
+    most = max(map(np.mean, rates.values()))
+    for setting, row in rates.items():
+        best = "**" if np.mean(row) == most else ""
+        print_row(method, f"{best}`{setting}`{best}", *(f"{rate:.3f}" for rate in (np.mean(row), *row)))
 
 
 def terms(name, seeds, homes):
@@ -596,10 +568,10 @@ def terms(name, seeds, homes):
             lm, logps, losses = eq6_terms(folder, data, rewards, seed)
             sizes.append(logps.mean(0).tolist())
             for term, loss in losses.items():
-                gradient = torch.autograd.grad(loss.mean(), [*lm.base_model.parameters()], retain_graph=True)
-                pushes = torch.autograd.grad(loss.sum(), logps, retain_graph=True, allow_unused=True)[0]
-                pushes = [0.0, 0.0] if pushes is None else (-pushes.mean(0)).tolist()
-                norm = sum((g ** 2).sum() for g in gradient).sqrt().item()
+                on_logps, *on_weights = torch.autograd.grad(
+                    loss.mean(), [logps, *lm.base_model.parameters()], retain_graph=True, allow_unused=True)
+                pushes = [0.0, 0.0] if on_logps is None else (-on_logps.sum(0)).tolist()
+                norm = sum((g ** 2).sum() for g in on_weights).sqrt().item()
                 figures.setdefault(term, []).append([norm, *pushes])
         z = ", ".join(f"{z:.1f}" for z in np.mean(sizes, 0))
         for term, by_seed in figures.items():

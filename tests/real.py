@@ -2,8 +2,8 @@
 
 The task is controlled sentiment, as in the DPO paper (arXiv 2305.18290, section 6.1). The responses are the
 LM's own samples. The true reward of an answer is a program: the sentiment that vaderSentiment reads in it, -1
-to 1. So labels and Oracles can be made as good or as bad as we like. Stages run in forked processes: imports
-are paid for once. A seed runs on one thread. What is already there does not run again.
+to 1. So labels and Oracles can be as good or as bad as we like. What is already there does not run again.
+A tie counts half a win. Intervals are 95%, by Student's t over the seeds' means; of one seed, over prompts.
 
     pip install vaderSentiment==3.3.2
     python tests/real.py --model SmolLM2-135M-Instruct    # a folder or a hub name; hours; its bar estimates
@@ -12,13 +12,9 @@ are paid for once. A seed runs on one thread. What is already there does not run
     python tests/real.py --report --picture frontier.png  # what is there; trains nothing
 
 Out: out/real/seed<k>/ and out/real/results.json; the tables on stdout.
-
-A tie counts half a win. Intervals are 95%, by Student's t over the seeds' means; of one seed, over prompts.
 """
 import argparse
-import hashlib
 import itertools
-import json
 import math
 import os
 import random
@@ -26,41 +22,28 @@ import re
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import transformers  # before lab, which takes the hub away
 from tqdm import tqdm
 
-import lab  # before the stages, since it says where they are
-import align
-import generate
-import oracle
-import precompute_rewards
-import sft
-import splits
-from lab import print_row, print_title, read_rows, stage
+import lab  # it says where the stages are
+from lab import align, generate, oracle, precompute_rewards, sft, splits
+from lab import print_row, print_settings, print_title, read_rows, save_truth, stage
 from toy import fail, write_jsonl
 
 # ---- the study ---------------------------------------------------------------------------------------------
 
-# Names, flags and whose rewards a method learns are lab.py's. Here are the settings. All methods train for as
-# many steps. --choose tries four settings a method: learning rates and betas, or rates alone. Use the
-# one that wins most against the start by the true reward, on average over CHOOSING_CELLS.
+# Here are the settings. Names, flags and whose rewards a method learns are lab.py's. --choose tries four
+# settings a method. Use the one that wins most against the start by the true reward, over CHOOSING_CELLS.
 WITH_BETA = [f"--learning_rate {rate} --beta {beta}" for rate in (5e-5, 1e-4) for beta in (0.03, 0.1)]
 WITHOUT_BETA = [f"--learning_rate {rate}" for rate in (2e-5, 5e-5, 1e-4, 2e-4)]
 METHODS = {
-    "DPO": "--learning_rate 2e-4 --beta 0.1",
-    lab.RECOMMENDED: "--learning_rate 2e-4 --beta 0.03",
-    "e-DPO (Oracle)": "--learning_rate 2e-4 --beta 0.1",
-    "DRDO (head)": "--learning_rate 2e-4",
-    "SFT on winners": "--learning_rate 2e-4",
-    "DPO + NLL": "--learning_rate 2e-4 --beta 0.1",
-    "IPO": "--learning_rate 2e-4 --beta 0.1",
-    "e-DPO": "--learning_rate 2e-4 --beta 0.1",
-}
+    "DPO": "--learning_rate 2e-4 --beta 0.1", lab.RECOMMENDED: "--learning_rate 2e-4 --beta 0.03",
+    "e-DPO (Oracle)": "--learning_rate 2e-4 --beta 0.1", "DRDO (head)": "--learning_rate 2e-4",
+    "SFT on winners": "--learning_rate 2e-4", "DPO + NLL": "--learning_rate 2e-4 --beta 0.1",
+    "IPO": "--learning_rate 2e-4 --beta 0.1", "e-DPO": "--learning_rate 2e-4 --beta 0.1"}
 DIAL = ["DPO", "e-DPO (Oracle)", lab.RECOMMENDED]  # the Oracle's quality and the number of pairs change
 
 
@@ -76,8 +59,7 @@ CELLS = {
     **{f"noisy_{who}": cell(0.4, "lc_le", who, methods=DIAL) for who in ("truth", "four_times")},
     "pairs_200": cell(pairs=200, methods=DIAL),
     "bradley_terry": cell("bt"),
-    "noisy_4_epochs": cell(0.4, "lc_le", steps=48),
-}
+    "noisy_4_epochs": cell(0.4, "lc_le", steps=48)}
 SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [0, 1, 2], [90], ["clean_all"]
 PROMPTS, SAMPLES, TEST = 160, 4, 64  # training prompts of a seed, responses to each; test prompts a domain
 TOKENS = 40  # of an answer at most
@@ -157,7 +139,6 @@ def main():
 
 # ---- data, Oracles and policies ----------------------------------------------------------------------------
 
-
 def train(args, cells, settings):
     """Trains and samples each cell's methods for every seed, with each of settings, {method: [flags]}."""
     done = []
@@ -216,12 +197,13 @@ def teach(seed, home, cell, model):
     score(judge, f"{home}/start/generations.jsonl", f"{world}/start.pt")
     score(judge, f"{world}/data/all/validation.jsonl", f"{world}/validation.pt")
     if cell["oracle"] == "four_times":
-        make_pairs(seed, home, four_times(cell), model)
-        more, *_ = places(home, four_times(cell))
+        larger = cell | {"pairs": 4 * cell["pairs"]}
+        make_pairs(seed, home, larger, model)
+        more, *_ = places(home, larger)
         teacher = reward_model(more, max_steps=4 * ORACLE_STEPS)
         score(teacher, f"{more}/data/all/validation.jsonl", f"{more}/validation.pt")
     if cell["oracle"] == "truth":
-        save_truth(data, rewards)
+        save_truth(data, rewards, lambda row, key: row[f"{key}_reward"])
     score(teacher, data, rewards)
     if "e-DPO" in cell["methods"] and not os.path.exists(ensemble):
         members = [reward_model(world, f"reward_model_{k}", alpha=0, seed=seed + 1000 * k) for k in (1, 2, 3)]
@@ -233,11 +215,6 @@ def places(home, cell):
     """(the folder of a cell's labels, the file of its pairs, of its Oracle's rewards)."""
     world = f"{home}/labels_{cell['labels']}_pairs_{cell['pairs']}"
     return world, f"{world}/data/{cell['split']}/train.jsonl", f"{world}/{cell['split']}_{cell['oracle']}.pt"
-
-
-def four_times(cell):
-    """The cell whose pairs an Oracle learns from that is learned from four times the pairs."""
-    return cell | {"pairs": 4 * cell["pairs"], "oracle": "learned"}
 
 
 def make_pairs(seed, home, cell, model):
@@ -271,13 +248,6 @@ def label(samples, labels, pairs, seed):
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
             row["chosen_reward"], row["rejected_reward"] = row["rejected_reward"], row["chosen_reward"]
     return rows[:pairs]
-
-
-def save_truth(data, out):
-    """Writes the true rewards of a preference file, as precompute_rewards.py writes an Oracle's."""
-    rows, sha256 = read_rows(data), hashlib.sha256(Path(data).read_bytes()).hexdigest()
-    truth = {key: torch.tensor([[row[f"{key}_reward"] for row in rows]]) for key in ("chosen", "rejected")}
-    torch.save({**truth, "oracles": ["truth"], "data_sha256": sha256}, out)
 
 
 def train_policy(seed, home, cell, method, setting, rewards, args):
@@ -317,7 +287,7 @@ def answer(seed, home, out, policy, model, wins_alone=False):
               micro_batch_size=64, generator=os.path.basename(out))
         if wins_alone:
             return
-    scores = SimpleNamespace(main=lambda: write_logps(out, policy, model), __name__="logps", __file__="")
+    scores = argparse.Namespace(main=lambda: write_logps(out, policy, model), __name__="logps", __file__="")
     stage(scores, f"{out}/logps.json")
 
 
@@ -334,7 +304,7 @@ def write_logps(out, policy, model):
             if name not in saved:
                 saved[name], lengths = log_probs(scorer, tokenizer, read_rows(f"{out}/{rows}.jsonl"))
                 saved.setdefault("tokens", lengths)  # the answers', which come first
-    write_json(f"{out}/logps.json", saved)
+    write_jsonl(f"{out}/logps.json", [saved])
     torch.distributed.destroy_process_group()
 
 
@@ -342,21 +312,13 @@ def write_logps(out, policy, model):
 def log_probs(scorer, tokenizer, rows):
     """(log pi(y|x), number of tokens) of each generated row, two lists. What was cut off has no EOS."""
     prompts = [align.encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    responses = [align.encode_response(tokenizer, row["response"])[:None if row["eos"] else -1]
-                 for row in rows]
-    examples = list(zip(prompts, responses))
-    logps = [scorer(examples[i:i + 32])
-             for i in range(0, len(examples), 32)]
-    return torch.cat(logps).tolist(), list(map(len, responses))
-
-
-def write_json(path, what):
-    Path(f"{path}.partial").write_text(json.dumps(what))
-    os.replace(f"{path}.partial", path)
+    answers = [align.encode_response(tokenizer, row["response"])[:None if row["eos"] else -1] for row in rows]
+    examples = list(zip(prompts, answers))
+    logps = [scorer(examples[i:i + 32]) for i in range(0, len(examples), 32)]
+    return torch.cat(logps).tolist(), list(map(len, answers))
 
 
 # ---- verdicts ----------------------------------------------------------------------------------------------
-
 
 @cache
 def sentiment():
@@ -404,8 +366,7 @@ def read(home, cell, method, setting=None):
             "once": np.array([true_reward(once(text)) for text in texts]),
             "oracle": torch.load(rewards, weights_only=True)["response"][0].numpy(),
             "new": np.array([row["domain"] == "new" for row in rows]),
-            "tokens": np.array([row["tokens"] for row in rows], float),
-            "eos": np.array([row["eos"] for row in rows], float),
+            **{name: np.array([row[name] for row in rows], float) for name in ("tokens", "eos")},
             "distinct": np.array([distinct_2(texts)]),
             "perplexity": np.exp(-logps["answers"].sum(keepdims=True) / logps["tokens"].sum()),
             "kl": logps["policy"] - logps["start"],
@@ -453,7 +414,7 @@ def oracle_right(home, cell):
     """How often a cell's Oracle prefers the truly better response: of held-out pairs, of the policies' pairs;
     and the std of its differences on these."""
     _, data, rewards = places(home, cell)
-    world, *_ = places(home, four_times(cell) if cell["oracle"] == "four_times" else cell)
+    world, *_ = places(home, cell | {"pairs": 4 * cell["pairs"]} if cell["oracle"] == "four_times" else cell)
     right = []
     for path, scores in (f"{world}/data/all/validation.jsonl", f"{world}/validation.pt"), (data, rewards):
         saved = torch.load(scores, weights_only=True)
@@ -465,10 +426,9 @@ def oracle_right(home, cell):
 
 def report(out, results):
     """Prints the tables and writes results.json. results: {cell: judge()'s figures}."""
-    numbers = {"true reward, each word once": ("true once", "{:.2f}, {:.2f}"),
-               "tokens, EOS": ("tokens eos", "{:.1f}, {:.2f}"), "distinct-2": ("distinct", "{:.2f}"),
-               "perplexity": ("perplexity", "{:.1f}"),
-               "KL, reward at T = 1": ("kl sampled", "{:.1f}, {:.2f}")}
+    means = {"true reward, each word once": ("true once", "{:.2f}, {:.2f}"),
+             "tokens, EOS": ("tokens eos", "{:.1f}, {:.2f}"), "distinct-2": ("distinct", "{:.2f}"),
+             "perplexity": ("perplexity", "{:.1f}"), "KL, reward at T = 1": ("kl sampled", "{:.1f}, {:.2f}")}
     for name, figures in results.items():
         print("\n## {}: labels {labels}, {split}, Oracle {oracle}, {pairs} pairs, {steps} steps\n".format(
             name, **CELLS[name]))
@@ -476,14 +436,13 @@ def report(out, results):
               "; ".join("{:.2f}, {:.2f}, {:.2f}".format(*row) for row in figures["start"]["oracle"]), "\n")
         rates = {f"against {other}": other for other in OPPONENTS if other in figures} | {
             "new topics": "start/new", "each word once": "start/once", "by the Oracle": "start/oracle"}
-        print_title("method", "seeds", *rates, *numbers)
+        print_title("method", "seeds", *rates, *means)
         for method, row in figures.items():
             print_row(method, ", ".join(row["seeds"]),
                       *("{:.2f} [{:.2f}, {:.2f}]".format(*row[rate]) if rate in row else ""
                         for rate in rates.values()),
-                      *(form.format(*(row[key][0] for key in keys.split()))
-                        for keys, form in numbers.values()))
-    write_json(f"{out}/results.json", results)
+                      *(form.format(*(row[key][0] for key in keys.split())) for keys, form in means.values()))
+    write_jsonl(f"{out}/results.json", [results])
     print(f"\nwrote {out}/results.json")
 
 
@@ -512,13 +471,9 @@ def choose(args, cells):
     for method in args.methods:
         rates = {setting: [] for setting in settings[method]}
         for setting, cell, home in itertools.product(rates, cells.values(), args.homes):
-            ours, theirs = (true_rewards(policy_folder(home, cell, *which))
-                            for which in ((method, setting), ("start",)))
-            rates[setting].append(wins({"true": ours}, {"true": theirs}).mean())
-        best = max(rates, key=lambda setting: np.mean(rates[setting]))
-        for setting, row in rates.items():
-            mark = "**" if setting == best else ""
-            print_row(method, f"{mark}`{setting}`{mark}", *(f"{rate:.3f}" for rate in (np.mean(row), *row)))
+            folders = policy_folder(home, cell, method, setting), f"{home}/start"
+            rates[setting].append(wins(*({"true": true_rewards(folder)} for folder in folders)).mean())
+        print_settings(method, rates)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_the_oracle_is_right_where_it_prefers_the_truly_better_response(tmp_path
     rows = toy.make_pairs(200, 3, 0.4)
     os.makedirs(os.path.dirname(data))
     toy.write_jsonl(data, rows)
-    lab.true_rewards(data, path)
+    lab.save_truth(data, path)
     assert lab.teacher(cell, tmp_path)[0] == 1
     saved = torch.load(path, weights_only=True)
     # flips and ties are among them
@@ -63,7 +63,7 @@ def test_the_oracle_is_right_where_it_prefers_the_truly_better_response(tmp_path
 def test_true_rewards_are_read_by_align(tmp_path, process_group):
     rows, data, rewards = toy.make_pairs(9, 3), str(tmp_path / "pairs.jsonl"), str(tmp_path / "true.pt")
     toy.write_jsonl(data, rows)
-    lab.true_rewards(data, rewards)
+    lab.save_truth(data, rewards)
     args = argparse.Namespace(loss="drdo", max_length=512)
     pairs, oracle = align.load_split(data, rewards, toy.make_tokenizer(), args)
     own = torch.tensor([[[row["chosen_reward"], row["rejected_reward"]] for row in rows]])

@@ -87,8 +87,8 @@ def write_policy(folder, responses, gain, rewards):
     for name in ("generations", "samples"):
         toy.write_jsonl(f"{folder}/{name}.jsonl", rows)
     number = len(responses)
-    real.write_json(f"{folder}/logps.json", {"answers": [-3 * np.log(5)] * number, "tokens": [3] * number,
-                                             "start": [-9.0] * number, "policy": [-9.0 + gain] * number})
+    toy.write_jsonl(f"{folder}/logps.json", [{"answers": [-3 * np.log(5)] * number, "tokens": [3] * number,
+                                              "start": [-9.0] * number, "policy": [-9.0 + gain] * number}])
     torch.save({"response": torch.arange(number, dtype=torch.float32)[None]}, rewards)
 
 
@@ -125,7 +125,7 @@ def test_one_seeds_interval_is_over_its_prompts():
 def test_true_rewards_are_read_by_align(tmp_path, process_group):
     rows = [row | {"prompt": "x"} for row in real.label(samples(20), 0.4, 50, seed=0)]
     toy.write_jsonl(tmp_path / "pairs.jsonl", rows)
-    real.save_truth(tmp_path / "pairs.jsonl", tmp_path / "true.pt")
+    real.save_truth(tmp_path / "pairs.jsonl", tmp_path / "true.pt", lambda row, key: row[f"{key}_reward"])
     args = argparse.Namespace(loss="edpo", max_length=512)
     paths = str(tmp_path / "pairs.jsonl"), str(tmp_path / "true.pt")
     _, oracle = align.load_split(*paths, toy.make_tokenizer(), args)

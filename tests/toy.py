@@ -1,8 +1,7 @@
 """
 The laboratory: a toy TL;DR task written by code, whose true reward is known, and a tiny LM that can do it.
 
-Why it exists: on real data only an Oracle or a judge says who won. Here every response has a true reward, so
-a result can be checked against the truth and not only against the Oracle that taught it.
+On real data only an Oracle or a judge says who won. Here a result can be checked against the truth as well.
 
 What is true: the author of a post tells five facts (job, city, thing lost, cause, feeling; 24 values each),
 mixed with sentences about other people (distractors) and fillers. A summary is worth
@@ -12,9 +11,9 @@ mixed with sentences about other people (distractors) and fillers. A summary is 
     - 0.1   for each word over 18
     - 0.25  for each pair of neighbouring words (by class) that no well-formed summary holds
     - 1     if it does not end by itself (no EOS)
-so a perfect one gets 5. Labels are drawn from Bradley-Terry at 1.5 times the difference in true reward; half
-the pairs are minimal edits, half are summaries of two independent writers. News articles (other sentences,
-more distractors, twice as long) are the out-of-domain prompts.
+so a perfect one gets 5. Labels are drawn from Bradley-Terry at 1.5 times the difference in true reward. Half
+the pairs are minimal edits, half are summaries of two independent writers. The out-of-domain prompts are news
+articles: other sentences, more distractors, twice as long.
 
     python tests/toy.py --out out/toy --seed 0                               # about 80 s on one core
     python evaluate.py ... --reward_fn tests/toy.py:true_reward              # generations judged by the truth
@@ -36,46 +35,39 @@ import shutil
 import sys
 from functools import lru_cache
 
-VALUES = {
-    "job": "nurse teacher baker driver lawyer plumber farmer painter waiter doctor singer writer "
-           "barber tailor pilot sailor dancer chef clerk guard miner mechanic librarian "
-           "carpenter",
-    "city": "paris london berlin madrid rome oslo vienna dublin prague lisbon athens warsaw "
-            "boston chicago denver dallas seattle miami tokyo delhi cairo lima sydney toronto",
-    "thing": "wallet phone key ring watch laptop camera passport bike guitar jacket bag umbrella "
-             "ticket diary helmet scarf hat necklace violin tent suitcase bracelet drone",
-    "cause": "storm fire flood thief crash blackout strike party wedding hangover argument prank "
-             "leak delay earthquake parade riot snowfall bug typo rumor bet scam heatwave",
-    "feeling": "sad angry lonely guilty anxious tired ashamed bitter confused hopeful calm happy "
-               "jealous numb proud scared shocked upset nervous relieved bored furious grateful "
-               "worried",
-}
-VALUES = {slot: words.split() for slot, words in VALUES.items()}
+VALUES = {slot: words.split() for slot, words in {
+    "job": "nurse teacher baker driver lawyer plumber farmer painter waiter doctor singer writer barber "
+           "tailor pilot sailor dancer chef clerk guard miner mechanic librarian carpenter",
+    "city": "paris london berlin madrid rome oslo vienna dublin prague lisbon athens warsaw boston chicago "
+            "denver dallas seattle miami tokyo delhi cairo lima sydney toronto",
+    "thing": "wallet phone key ring watch laptop camera passport bike guitar jacket bag umbrella ticket "
+             "diary helmet scarf hat necklace violin tent suitcase bracelet drone",
+    "cause": "storm fire flood thief crash blackout strike party wedding hangover argument prank leak delay "
+             "earthquake parade riot snowfall bug typo rumor bet scam heatwave",
+    "feeling": "sad angry lonely guilty anxious tired ashamed bitter confused hopeful calm happy jealous "
+               "numb proud scared shocked upset nervous relieved bored furious grateful worried"}.items()}
 SLOTS = list(VALUES)
 SLOT_OF = {value: slot for slot, values in VALUES.items() for value in values}
 
 # {} is the value. A sentence that names one of PEOPLE is about somebody else, any other is the author's own.
 PEOPLE = "friend sister brother boss neighbor roommate cousin witness".split()
-POST = {
-    "job": ["i work as a {} .", "i am a {} ."], "city": ["i live in {} .", "i moved to {} ."],
-    "thing": ["i lost my {} .", "my {} is gone ."], "feeling": ["now i feel {} .", "i am so {} ."],
-    "cause": ["it was because of a {} .", "a {} is to blame ."]}
-POST_OTHER = {
-    "job": ["my {who} works with the {} ."], "city": ["my {who} comes from {} ."],
-    "thing": ["my {who} bought the {} ."], "cause": ["my {who} talks of the {} ."],
-    "feeling": ["my {who} looks {} ."]}
+POST = {"job": ["i work as a {} .", "i am a {} ."], "city": ["i live in {} .", "i moved to {} ."],
+        "thing": ["i lost my {} .", "my {} is gone ."], "feeling": ["now i feel {} .", "i am so {} ."],
+        "cause": ["it was because of a {} .", "a {} is to blame ."]}
+POST_OTHER = {"job": ["my {who} works with the {} ."], "city": ["my {who} comes from {} ."],
+              "thing": ["my {who} bought the {} ."], "cause": ["my {who} talks of the {} ."],
+              "feeling": ["my {who} looks {} ."]}
 POST_FILLER = ["any advice is welcome .", "sorry for the long post .", "thanks for reading ."]
-ARTICLE = {
-    "job": ["the victim , a {} , spoke to the news on monday ."],
-    "city": ["police said the victim comes from {} ."],
-    "thing": ["the victim reported a missing {} to the police ."],
-    "cause": ["police said that a {} was the reason for it ."],
-    "feeling": ["the victim told the news of being {} ."]}
-ARTICLE_OTHER = {
-    "job": ["a {who} of the victim knows the {} as well ."],
-    "city": ["a {who} in {} spoke to the news as well ."],
-    "thing": ["one {who} bought the {} last week ."], "cause": ["one {who} spoke of the {} last week ."],
-    "feeling": ["police said that the {who} looks {} ."]}
+ARTICLE = {"job": ["the victim , a {} , spoke to the news on monday ."],
+           "city": ["police said the victim comes from {} ."],
+           "thing": ["the victim reported a missing {} to the police ."],
+           "cause": ["police said that a {} was the reason for it ."],
+           "feeling": ["the victim told the news of being {} ."]}
+ARTICLE_OTHER = {"job": ["a {who} of the victim knows the {} as well ."],
+                 "city": ["a {who} in {} spoke to the news as well ."],
+                 "thing": ["one {who} bought the {} last week ."],
+                 "cause": ["one {who} spoke of the {} last week ."],
+                 "feeling": ["police said that the {who} looks {} ."]}
 ARTICLE_FILLER = ["police said there was no more to report .", "the news will follow the story this week .",
                   "it was the first report of this sort on monday ."]
 TITLES = ["need some advice", "please help me",
@@ -114,8 +106,8 @@ def main():
     except OSError as error:
         fail(f"--out {args.out}: cannot make the folder ({error}); name one that can be written")
     files = {"comparisons": make_comparisons(args.pairs, args.seed, args.flip),
-             "sft": make_sft(args.sft, args.seed),
-             "test": make_posts(args.prompts, args.seed), "articles": make_articles(args.prompts, args.seed)}
+             "sft": make_sft(args.sft, args.seed), "test": make_posts(args.prompts, args.seed),
+             "articles": make_articles(args.prompts, args.seed)}
     for name, rows in files.items():
         write_jsonl(f"{args.out}/raw/{name}.jsonl", rows)
         print(f"wrote {args.out}/raw/{name}.jsonl, {len(rows)} rows")
@@ -135,7 +127,6 @@ def main():
 
 # ---- what is true ------------------------------------------------------------------------------------------
 
-
 def phrases(facts):
     """The parts of a summary of `facts` ({slot: value}, any subset), each a list of equally good phrases."""
     who = "a {job}" if "job" in facts else "someone"
@@ -144,8 +135,7 @@ def phrases(facts):
         ["lost a {thing}", "lost the {thing}"] if "thing" in facts else ["lost something"],
         ["because of a {cause}", "due to a {cause}", "after a {cause}"] if "cause" in facts else [""],
         ["and now feels {feeling} about it", "and feels {feeling} about it", "and is now very {feeling}"]
-        if "feeling" in facts else [""],
-    ]
+        if "feeling" in facts else [""]]
     return [[phrase.format(**facts) for phrase in part] for part in parts]
 
 
@@ -164,14 +154,9 @@ LEGAL = {pair for slots in itertools.product(*((slot, None) for slot in SLOTS))
 @lru_cache(maxsize=100_000)
 def author_facts(prompt):
     """{slot: value} of a prompt's author (post or article): the values in sentences that name nobody else."""
-    facts = {}
-    for sentence in prompt.split(" ."):
-        words = sentence.split()
-        if not any(word in PEOPLE for word in words):
-            for word in words:
-                if word in SLOT_OF:
-                    facts.setdefault(SLOT_OF[word], word)
-    return facts
+    own = [sentence for sentence in prompt.split(" .") if not set(PEOPLE) & set(sentence.split())]
+    words = " ".join(own).split()
+    return {SLOT_OF[word]: word for word in reversed(words) if word in SLOT_OF}  # the first of a slot stays
 
 
 def true_reward(row):
@@ -187,7 +172,6 @@ def true_reward(row):
 
 
 # ---- the documents and their summaries ---------------------------------------------------------------------
-
 
 def make_document(rng, article=False, facts=5, others=None, fillers=None):
     """A post or article of `facts` facts: {prompt, text, facts, others}, of a post title, subreddit too."""
@@ -266,7 +250,6 @@ def edit_plan(doc, plan, rng):
 
 # ---- the data sets -----------------------------------------------------------------------------------------
 
-
 def draw_pairs(n, seed, flip):
     """n of (post, two texts, their true rewards, index of the preferred, confidence); some share a post."""
     rng, doc = random.Random(f"pairs {seed}"), None
@@ -284,10 +267,9 @@ def draw_pairs(n, seed, flip):
 
 def make_pairs(n, seed, flip=0.0):
     """Preference rows: prompt, chosen, rejected, confidence (1-9), true chosen_reward and rejected_reward."""
-    return [{"prompt": doc["prompt"], "chosen": " " + texts[choice], "rejected": " " + texts[1 - choice],
-             "confidence": confidence,
-             "chosen_reward": rewards[choice], "rejected_reward": rewards[1 - choice]}
-            for doc, texts, rewards, choice, confidence in draw_pairs(n, seed, flip)]
+    return [{"prompt": doc["prompt"], "chosen": " " + texts[best], "rejected": " " + texts[1 - best],
+             "confidence": confidence, "chosen_reward": rewards[best], "rejected_reward": rewards[1 - best]}
+            for doc, texts, rewards, best, confidence in draw_pairs(n, seed, flip)]
 
 
 def make_comparisons(n, seed, flip=0.0):
@@ -304,7 +286,7 @@ def make_comparisons(n, seed, flip=0.0):
     return rows
 
 
-def make_documents(kind, plan, n, seed, article=False):
+def documents(kind, plan, n, seed, article=False):
     """n of (document, summary written by `plan`); each kind and seed is a random stream of its own."""
     rng = random.Random(f"{kind} {seed}")
     docs = [make_document(rng, article) for _ in range(n)]
@@ -313,20 +295,18 @@ def make_documents(kind, plan, n, seed, article=False):
 
 def make_sft(n, seed):
     """Rows prompt, label of CarperAI/openai_summarize_tldr: posts and writers' summaries of mixed quality."""
-    return [{"prompt": doc["prompt"], "label": text}
-            for doc, text in make_documents("sft", writer_plan, n, seed)]
+    return [{"prompt": doc["prompt"], "label": text} for doc, text in documents("sft", writer_plan, n, seed)]
 
 
 def make_posts(n, seed):
     """Rows prompt, label of the same schema: held-out posts and perfect summaries."""
-    return [{"prompt": doc["prompt"], "label": text}
-            for doc, text in make_documents("posts", gold_plan, n, seed)]
+    return [{"prompt": doc["prompt"], "label": text} for doc, text in documents("posts", gold_plan, n, seed)]
 
 
 def make_articles(n, seed):
     """Rows article, highlights, id of abisee/cnn_dailymail: articles and perfect highlights."""
     return [{"article": doc["text"], "highlights": text, "id": hashlib.sha1(doc["text"].encode()).hexdigest()}
-            for doc, text in make_documents("articles", gold_plan, n, seed, article=True)]
+            for doc, text in documents("articles", gold_plan, n, seed, article=True)]
 
 
 def write_jsonl(path, rows):
@@ -338,16 +318,13 @@ def write_jsonl(path, rows):
 
 # ---- the base LM -------------------------------------------------------------------------------------------
 
-
 def make_tokenizer(pieces=False):
-    """A tokenizer of every word above, or of `pieces` of them (BPE), with BOS, EOS and a pad of its own, no
-    chat template."""
+    """A tokenizer of all words above, or of `pieces` of them (BPE). It has a pad of its own, no template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     texts = ["SUBREDDIT: TITLE: POST: Article: TL;DR:", *SLOT_OF, *PEOPLE, *SUBREDDITS, *TITLES]
-    texts += [*POST_FILLER, *ARTICLE_FILLER, *(word for pair in LEGAL for word in pair)]
-    frames = (POST, POST_OTHER, ARTICLE, ARTICLE_OTHER)
-    texts += [text for kind in frames for slot in SLOTS for text in kind[slot]]
+    texts += [*POST_FILLER, *ARTICLE_FILLER, *itertools.chain(*LEGAL)]
+    texts += itertools.chain(*POST.values(), *POST_OTHER.values(), *ARTICLE.values(), *ARTICLE_OTHER.values())
     words = sorted(word for word in set(" ".join(texts).split()) if word[0] not in "{<")
     words = ["<pad>", "<s>", "</s>", "<unk>", *words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -361,8 +338,7 @@ def make_tokenizer(pieces=False):
                                    eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False)
 
 
-def make_model(tokenizer, seed=0, steps=0, hidden_size=64, layers=2, family="llama", batch_size=48,
-               learning_rate=4e-3):
+def make_model(tokenizer, seed=0, steps=0, hidden_size=64, layers=2, family="llama"):
     """The tiny LM, fp32, after `steps` steps (0: random weights) on clean documents that grow longer."""
     import torch
     from tqdm import tqdm
@@ -371,18 +347,16 @@ def make_model(tokenizer, seed=0, steps=0, hidden_size=64, layers=2, family="lla
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         family, vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
         num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.1,  # from the usual 0.02 it does not learn to copy in the time it has
+        tie_word_embeddings=True, initializer_range=0.1,  # from 0.02 it does not learn to copy in time
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    rng, summary_starts = random.Random(f"pretraining {seed}"), tokenizer.convert_tokens_to_ids("TL;DR:")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    rng, tldr = random.Random(f"pretraining {seed}"), tokenizer.convert_tokens_to_ids("TL;DR:")
     for step in tqdm(range(steps), desc="pretraining", disable=not steps):
         progress = step / steps
-        for group in optimizer.param_groups:  # warm-up, then linear to a tenth
-            group["lr"] = learning_rate * min(1, (step + 1) / 50) * (1 - 0.9 * progress)
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 50) * (1 - 0.9 * progress)  # warm-up
         texts, article, most = [], rng.random() < 0.3, min(5, 1 + int(20 * progress))
-        for _ in range(batch_size):
+        for _ in range(48):
             doc = make_document(rng, article, facts=rng.randint(max(1, most - 2), most),
                                 others=rng.randint(0, 1 + int(2.5 * progress)), fillers=rng.randint(0, 1))
             texts.append(f"<s> {doc['prompt']} {write(gold_plan(doc, rng))} </s>")
@@ -391,8 +365,7 @@ def make_model(tokenizer, seed=0, steps=0, hidden_size=64, layers=2, family="lla
         logits = model(input_ids=ids, attention_mask=batch.attention_mask).logits    # (B, T, V)
         losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
         # A prompt's words are mostly chance: at full weight they drown the copying, which has to be learned.
-        weights = 0.1 + 0.9 * (ids == summary_starts).cumsum(1)[:, :-1]              # (B, T-1)
-        weights = weights * batch.attention_mask[:, 1:]
+        weights = (0.1 + 0.9 * (ids == tldr).cumsum(1))[:, :-1] * batch.attention_mask[:, 1:]  # (B, T-1)
         loss = (losses * weights).sum() / weights.sum()
         optimizer.zero_grad()
         loss.backward()
