@@ -49,13 +49,15 @@ def parse_args():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
     flag = parser.add_argument_group("method").add_argument
-    flag("--loss", required=True, choices=["drdo", "dpo", "edpo", "ipo"], help="by Eq. 6, 3, 4 and IPO")
+    flag("--loss", required=True, choices=["drdo", "dpo", "edpo", "ipo"],
+         help="drdo: Eq. 6 of the paper; dpo: Eq. 3; edpo: Eq. 4; ipo is not in it")
     flag("--oracle_rewards", help="drdo, edpo: rewards.pt of --data. drdo takes the mean of its Oracles")
     flag("--eval_oracle_rewards", help="rewards.pt of --eval_data; without it drdo and edpo log no eval_loss")
     flag("--alpha", type=float, default=0.1, help="drdo: weight of the contrastive log-unlikelihood")
     flag("--gamma", type=float, default=2.0, help="drdo: focal exponent of (1 - p_w)")
     flag("--beta", type=float, default=0.1, help="dpo, edpo, ipo; drdo with logps or log_ratio")
-    flag("--ensemble", choices=["mean", "min"], default="mean", help="edpo: distil their mean or the nearest")
+    flag("--ensemble", choices=["mean", "min"], default="mean",
+         help="edpo: distil the mean of the reward models, or for each pair the nearest one")
     flag = parser.add_argument_group("readings of Eq. 6 (default: the paper's), controls").add_argument
     flag("--student_rewards", choices=["head", "logps", "log_ratio"], default="head",
          help="drdo: r^ by a linear head at EOS, beta * log pi(y|x), or beta * (log pi - log pi at start)")
@@ -140,7 +142,7 @@ def main():
     if not args.resume:
         reference, eval_reference = (torch.full((len(split), 2), math.nan) for split in (pairs, eval_pairs))
         if args.loss != "drdo" or args.student_rewards == "log_ratio":
-            reference, _ = score_all(model, pairs, args, "reference", np.unique(steps))  # of pairs in steps
+            reference, _ = score_all(model, pairs, args, "reference", np.unique(steps))  # the run's pairs
             eval_reference, _ = score_all(model, eval_pairs, args, "reference")
         state |= {"reference": reference, "eval_reference": eval_reference}
     reference, eval_reference = state["reference"], state["eval_reference"]
@@ -241,7 +243,7 @@ class PairModel(torch.nn.Module):
     """A causal LM, with a reward head or without, that scores both responses of a pair in one row.
 
     In bf16 DeepSpeed casts the weights on a GPU. On a CPU they stay fp32, and autocast multiplies in bf16. It
-    keeps its bf16 weights until it closes, so each forward() opens one. Log-probs and rewards are fp32.
+    caches bf16 copies of the weights until it closes. So each forward() opens it anew: the weights move.
     """
 
     def __init__(self, lm, score=None, bf16=False):
@@ -323,7 +325,7 @@ def score_all(model, pairs, args, description, rows=None):
     return scores.cpu()
 
 
-# ---- data and files: what follows load_split is the same in every stage (tests/test_copies.py) -------------
+# ---- data and files: from Rows on the stages share all but save_model (tests/test_copies.py) ---------------
 
 
 def load_split(path, rewards_path, tokenizer, args, limit=0):
@@ -452,10 +454,11 @@ def start_run(engine, args):
                 before = state["run"].get(name)
                 if name not in may_change and value != before:
                     fail(f"--resume: {name} was {before} and is now {value}; go on as the run began")
-            for path in glob(f"{folder}/step{state['step']}/*.pt"):  # DeepSpeed would run their code
-                names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            step = f"step{state['step']}"
+            for path in glob(f"{step}/*.pt", root_dir=folder):  # DeepSpeed would run any code in them
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(f"{folder}/{path}")
                 assert all(name.startswith("deepspeed.") for name in names), f"{path} holds {names}"
-            engine.load_checkpoint(folder, f"step{state['step']}")
+            engine.load_checkpoint(folder, step)
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
         with open(f"{args.out}/args.json", "w") as file:
@@ -492,8 +495,8 @@ def save_checkpoint(engine, args, state):
             state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
             torch.save(state, f"{folder}/partial")
             os.replace(f"{folder}/partial", f"{folder}/state.pt")
-            for before in {*glob(f"{folder}/step*")} - {f"{folder}/{step}"}:
-                shutil.rmtree(before)
+            for before in set(glob("step*", root_dir=folder)) - {step}:
+                shutil.rmtree(f"{folder}/{before}")
 
 
 def save_model(lm, tokenizer, folder, head):
@@ -513,8 +516,8 @@ def save_model(lm, tokenizer, folder, head):
         for name in os.listdir(partial):
             os.replace(f"{partial}/{name}", f"{folder}/{name}")
         os.rmdir(partial)
-        for path in glob(f"{folder}/checkpoint/state.pt"):
-            os.remove(path)  # first: what is left of a checkpoint is none without it
+        if os.path.exists(f"{folder}/checkpoint/state.pt"):  # first: without it the rest is no checkpoint
+            os.remove(f"{folder}/checkpoint/state.pt")
         shutil.rmtree(f"{folder}/checkpoint", ignore_errors=True)
         print(f"{folder}: model and tokenizer written")
 

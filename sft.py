@@ -165,7 +165,7 @@ def collate(examples, device):
 @torch.no_grad()
 def check_logits(lm, examples, args):
     """Fails where a response's log-prob is not the model's own: some scale or cap their logits."""
-    prompt, response = example = examples[examples.lengths.sum(1).argmin()]  # the shortest
+    prompt, response = example = examples[examples.lengths[:, 1].argmax()]  # the longest response
     logp = ResponseModel(lm)([example])[0]
     ids = torch.as_tensor(np.concatenate(example), dtype=torch.long, device=logp.device)
     logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
@@ -301,10 +301,11 @@ def start_run(engine, args):
                 before = state["run"].get(name)
                 if name not in may_change and value != before:
                     fail(f"--resume: {name} was {before} and is now {value}; go on as the run began")
-            for path in glob(f"{folder}/step{state['step']}/*.pt"):  # DeepSpeed would run their code
-                names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            step = f"step{state['step']}"
+            for path in glob(f"{step}/*.pt", root_dir=folder):  # DeepSpeed would run any code in them
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(f"{folder}/{path}")
                 assert all(name.startswith("deepspeed.") for name in names), f"{path} holds {names}"
-            engine.load_checkpoint(folder, f"step{state['step']}")
+            engine.load_checkpoint(folder, step)
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
         with open(f"{args.out}/args.json", "w") as file:
@@ -341,8 +342,8 @@ def save_checkpoint(engine, args, state):
             state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
             torch.save(state, f"{folder}/partial")
             os.replace(f"{folder}/partial", f"{folder}/state.pt")
-            for before in {*glob(f"{folder}/step*")} - {f"{folder}/{step}"}:
-                shutil.rmtree(before)
+            for before in set(glob("step*", root_dir=folder)) - {step}:
+                shutil.rmtree(f"{folder}/{before}")
 
 
 def save_model(lm, tokenizer, folder):
@@ -359,8 +360,8 @@ def save_model(lm, tokenizer, folder):
         for name in os.listdir(partial):
             os.replace(f"{partial}/{name}", f"{folder}/{name}")
         os.rmdir(partial)
-        for path in glob(f"{folder}/checkpoint/state.pt"):
-            os.remove(path)  # first: what is left of a checkpoint is none without it
+        if os.path.exists(f"{folder}/checkpoint/state.pt"):  # first: without it the rest is no checkpoint
+            os.remove(f"{folder}/checkpoint/state.pt")
         shutil.rmtree(f"{folder}/checkpoint", ignore_errors=True)
         print(f"{folder}: model and tokenizer written")
 
