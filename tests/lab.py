@@ -9,7 +9,7 @@ there does not run again. A tie counts half a win. Intervals are 95%, by Student
     python tests/lab.py --choose     # learning rates and betas, on seeds that are not reported
     python tests/lab.py --terms      # gradients of Eq. 6's terms, at policies that are there
 
-Out: out/lab/seed<k>/, out/lab/results.json, grid.png and degeneration.png; the tables on stdout.
+Out: out/lab/seed<k>/, out/lab/results.json and degeneration.png; the tables on stdout.
 """
 import argparse
 import hashlib
@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import re
 import sys
-import textwrap
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,13 +98,13 @@ def cell(flip=0.0, split="all", oracle="learned", pairs=6000, winners="any", ste
 
 
 UNLABELLED = ["DRDO (head) --alpha 0", "DRDO (logps) --alpha 0"]  # they read no label
-FLIPS, TEACHERS = (0.0, 0.2, 0.4), ("learned", "larger", "true")
 LENGTHS = {100: "noisy_lc_le", 300: "steps_300", 1000: "steps_1000"}  # steps: the cell with so many
 CELLS = {
     "clean_all": cell(temperatures=True),
     "noisy_lc_le": cell(flip=0.4, split="lc_le", temperatures=True),
     **{f"steps_{n}": cell(flip=0.4, split="lc_le", steps=n, methods=LONG) for n in (300, 1000)},
-    **{f"grid_{flip}_{who}": cell(flip=flip, oracle=who, methods=GRID) for who in TEACHERS for flip in FLIPS},
+    **{f"grid_{flip}_{who}": cell(flip=flip, oracle=who, methods=GRID)
+       for who in ("learned", "larger", "true") for flip in (0.0, 0.2, 0.4)},
     "ablation": cell(methods=VARIANTS),
     **{f"clean_{split}": cell(split=split, methods=GRID) for split in ("hc_he", "lc_le")},
     **{f"winners_{w}": cell(winners=w, methods=["DPO", *MAIN]) for w in ("shorter", "equal", "longer")},
@@ -157,8 +156,6 @@ def main():
         best_lengths(cells, homes)
     if cells.keys() >= set(LENGTHS.values()) and not args.methods:
         draw_degeneration(f"{args.out}/degeneration.png", results)
-    if cells.keys() >= {f"grid_{flip}_{who}" for who in TEACHERS for flip in FLIPS} and not args.methods:
-        draw_grid(f"{args.out}/grid.png", results)
 
 
 # ---- training the policies ---------------------------------------------------------------------------------
@@ -478,7 +475,7 @@ def best_elsewhere(rates):
     return (rates.sum(1, keepdims=True) - rates).argmax(0)
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
+# ---- picture -----------------------------------------------------------------------------------------------
 
 def draw_degeneration(path, results):
     """True reward and length of the answers after 100, 300 and 1000 steps on noisy pairs."""
@@ -498,27 +495,6 @@ def draw_degeneration(path, results):
         panel.set_xticks(list(LENGTHS), list(LENGTHS)), panel.minorticks_off()
     figure.suptitle("Toy task: 40% of the training pairs have the wrong label")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    save(figure, path)
-
-
-def draw_grid(path, results):
-    """Win rates against DPO by label noise and Oracle."""
-    import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(2, len(GRID) - 1, figsize=(13, 5), sharex=True, sharey=True,
-                                  layout="constrained")
-    for panel, (domain, method) in zip(panels.flat, itertools.product(DOMAINS, GRID[1:])):
-        values = [[results[f"grid_{flip}_{who}"][method][f"DPO/{domain}"][0] for flip in FLIPS]
-                  for who in TEACHERS]
-        image = panel.imshow(values, cmap="RdBu", vmin=0.3, vmax=0.7)
-        for (y, x), value in np.ndenumerate(values):
-            panel.text(x, y, f"{value:.2f}", ha="center", va="center")
-        panel.set_xticks(range(len(FLIPS)), [f"{flip:.0%}" for flip in FLIPS])
-        panel.set_yticks(range(len(TEACHERS)), ["learned", "larger", "true"])
-        panel.set_title(textwrap.fill(method, 18) if domain == "test" else "")
-    for panel, name in zip(panels[:, 0], ("posts (in domain)", "articles (out of domain)")):
-        panel.set_ylabel(f"{name}\n\nthe Oracle is")
-    figure.supxlabel("share of wrong labels in the training pairs", fontsize="medium")
-    figure.colorbar(image, ax=panels, label="win rate against DPO, by the true reward")
     save(figure, path)
 
 
