@@ -3,7 +3,8 @@
 The task is controlled sentiment, as in the DPO paper (arXiv 2305.18290, section 6.1). The responses are the
 LM's own samples. The true reward of an answer is a program: the sentiment that vaderSentiment reads in it, -1
 to 1. So labels and Oracles can be as good or as bad as we like. What is already there does not run again.
-A tie counts half a win. Intervals are 95%, by Student's t over the seeds' means; of one seed, over prompts.
+A tie counts half a win. Intervals are 95%, by Student's t over the seeds' means, of win rates within 0 and 1;
+of one seed, over prompts.
 
     pip install vaderSentiment==3.3.2
     python tests/real.py --model SmolLM2-135M-Instruct    # a folder or a hub name; hours; its bar estimates
@@ -387,10 +388,10 @@ def judge(cell, homes):
         for other, theirs in policies.items():
             both = [(ours[home], theirs[home]) for home in ours if home in theirs]
             if other != method and both:
-                row[other] = interval([wins(a, b) for a, b in both])
-                row[f"{other}/new"] = interval([wins(a, b)[a["new"]] for a, b in both])
-                for by in ("once", "oracle"):
-                    row[f"{other}/{by}"] = interval([wins(a, b, by) for a, b in both])
+                rates = {other: [wins(a, b) for a, b in both],
+                         f"{other}/new": [wins(a, b)[a["new"]] for a, b in both],
+                         **{f"{other}/{by}": [wins(a, b, by) for a, b in both] for by in ("once", "oracle")}}
+                row |= {name: np.clip(interval(rate), 0, 1).tolist() for name, rate in rates.items()}
         for name in ("true", "once", "tokens", "eos", "distinct", "perplexity", "kl", "sampled"):
             row[name] = interval([policy[name] for policy in ours.values()])
     if "start" in figures:
