@@ -57,10 +57,11 @@ def cell(labels=0.0, split="all", oracle="learned", pairs=800, steps=16, methods
 
 CELLS = {
     "clean_all": cell(),
-    "noisy_lc_le": cell(0.4, "lc_le"),
-    **{f"noisy_{who}": cell(0.4, "lc_le", who, methods=DIAL) for who in ("truth", "four_times")},
-    "pairs_200": cell(pairs=200, methods=DIAL),
     "bradley_terry": cell("bt"),
+    "noisy_all": cell(0.4, methods=DIAL),
+    **{f"noisy_all_{who}": cell(0.4, "all", who, methods=DIAL) for who in ("truth", "four_times")},
+    "noisy_lc_le": cell(0.4, "lc_le"),
+    "noisy_lc_le_truth": cell(0.4, "lc_le", "truth", methods=DIAL),
     "noisy_4_epochs": cell(0.4, "lc_le", steps=48)}
 SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [0, 1, 2], [90], ["clean_all"]
 PROMPTS, SAMPLES, TEST = 160, 4, 64  # training prompts of a seed, responses to each; test prompts a domain
