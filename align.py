@@ -12,8 +12,8 @@ The way of one pair: Rows (encode_prompt, encode_response) -> PairModel (collate
 response_logps, last_token_rewards) -> loss_and_metrics (calls losses.py) -> engine.backward and step.
 
 Only the policy is in memory: precompute_rewards.py has computed the Oracle's rewards. The reference of DPO,
-e-DPO and IPO is the policy before its first step: its log-probs are taken once. DRDO needs none: its rewards
-come from a head, not from a log-ratio.
+e-DPO and IPO is the policy before its first step: its log-probs are taken once. DRDO needs none, but for its
+reading log_ratio.
 
 Where this departs from the paper: AdamW is torch's (theirs is partly paged). A step takes 64 pairs, as their
 text says (their Table 6 makes 96). Prompts are not cut at 512 tokens; pairs over --max_length are dropped.
@@ -118,7 +118,7 @@ def main():
     row_tokens, response_tokens = pairs.lengths.sum(1), torch.tensor(pairs.lengths[:, 1:])  # (N,), (N, 2)
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
 
-    # ---- model, optimizer, engine
+    # ---- reward head, optimizer, engine
     width, score = lm.get_output_embeddings().weight.shape[1], None  # H; OPT projects hidden states to it
     if args.loss == "drdo" and args.student_rewards == "head":
         torch.manual_seed(args.seed + 2**31)  # not the seed of oracle.py's head: the two start apart
@@ -179,14 +179,13 @@ def main():
                 save_checkpoint(engine, args, state | {"step": step})
             window, tokens, start = [], 0, time.time()
         if args.keep_steps and step % args.keep_steps == 0:
-            save_model(lm, tokenizer, f"{args.out}/step{step}", score)
+            save_model(model, tokenizer, f"{args.out}/step{step}")
     dist.barrier()  # with no steps left after --resume another process may still read the checkpoint
-    save_model(lm, tokenizer, args.out, score)
+    save_model(model, tokenizer, args.out)
     dist.destroy_process_group()
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------
-
 
 def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
     """The loss of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l rejected.
@@ -219,8 +218,7 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
         elif args.student_rewards == "logps":
             student_w, student_l = args.beta * logps_w, args.beta * logps_l
         z_w, z_l = (logps if args.p_w == "sum" else logps / response_tokens).unbind(1)
-        # p_w = sigma(logits). Sums differ by many nats: p_w is about 0 or 1 for most pairs from step 1 on.
-        # Its mean is then about the share of pairs whose chosen response is the likelier, often the shorter
+        # p_w = sigma(logits), for sums about 0 or 1 in most pairs: see contrastive_loss in losses.py
         logits = (z_w - z_l).detach() if args.detach_focal else z_w - z_l
         distillation = distillation_loss(student_w, student_l, oracle_w, oracle_l)
         contrastive = args.alpha * contrastive_loss(logps_w, logps_l, args.gamma, logits)
@@ -237,7 +235,6 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
 
 
 # ---- the model: a pair in one row --------------------------------------------------------------------------
-
 
 class PairModel(torch.nn.Module):
     """A causal LM, with a reward head or without, that scores both responses of a pair in one row.
@@ -287,8 +284,7 @@ def collate(pairs, device):
 
 def pair_mask(segments, dtype):
     """Attention mask (B, 1, T, T), 0 where the query (row) sees the key (column), else the dtype's minimum.
-    It is causal, and a response sees the prompt and itself. Padding sees padding: a row that sees nothing
-    gives NaN."""
+    Causal. A response sees the prompt and itself, padding sees padding: a row that sees nothing gives NaN."""
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     query, key = segments[:, :, None], segments[:, None, :]
     blocked = ~(causal & ((key == 0) | (key == query)))[:, None]
@@ -297,18 +293,18 @@ def pair_mask(segments, dtype):
 
 @torch.no_grad()
 def check_layout(lm, pairs, args):
-    """Fails where the rejected response's log-prob in a pair's row is not that of the model's own forward.
-    Such a model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
-    prompt, _, rejected = pair = pairs[pairs.lengths[:, [0, 2]].sum(1).argmax()]  # the longest
-    logp = PairModel(lm)([pair])[0][0, 1]
-    ids = torch.as_tensor(np.concatenate([prompt, rejected]), dtype=torch.long, device=logp.device)
-    logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
-    own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
-    # bf16 keeps 8 bits. Its errors are random, so their sum grows as the root of the number of tokens
-    tolerance = 0.001 * len(rejected) if lm.dtype.itemsize >= 4 else 0.5 + 0.5 * len(rejected) ** 0.5
-    if not abs(own - logp) <= tolerance:  # NaN too
-        fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward and "
-             f"{logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
+    """Fails where a response's log-prob in a pair's row is not that of the model's own forward. Such a model
+    ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
+    prompt, *responses = pair = pairs[(pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).argmax()]  # longest
+    for response, logp in zip(responses, PairModel(lm)([pair])[0][0]):
+        ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long, device=logp.device)
+        logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
+        own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
+        # bf16 keeps 8 bits. Its errors are random, so their sum grows as the root of the number of tokens
+        tolerance = 0.001 * len(response) if lm.dtype.itemsize >= 4 else 0.5 + 0.5 * len(response) ** 0.5
+        if not abs(own - logp) <= tolerance:  # NaN too
+            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward "
+                 f"and {logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
 
 
 @torch.no_grad()
@@ -327,7 +323,6 @@ def score_all(model, pairs, args, description, rows=None):
 
 # ---- data and files: from Rows on the stages share all but save_model (tests/test_copies.py) ---------------
 
-
 def load_split(path, rewards_path, tokenizer, args, limit=0):
     """The pairs of a preference file (of its first `limit` rows; 0: of all), and their Oracle rewards,
     (K, N, 2), or NaN where the loss reads none. Drops pairs over --max_length; for drdo and edpo also pairs
@@ -337,7 +332,7 @@ def load_split(path, rewards_path, tokenizer, args, limit=0):
     pairs = Rows(path, ["chosen", "rejected"], tokenizer, args.max_length, limit)
     if not rewards_path or args.loss not in ("drdo", "edpo"):
         return pairs, torch.full((1, len(pairs), 2), math.nan)
-    with reading(rewards_path, f"run precompute_rewards.py --data {path} --out {rewards_path}"):
+    with or_fail(rewards_path, f"run precompute_rewards.py --data {path} --out {rewards_path}"):
         saved = torch.load(rewards_path, weights_only=True)
         sha256 = hashlib.file_digest(open(path, "rb"), "sha256")
         assert saved["data_sha256"] == sha256.hexdigest(), f"by its sha256 it does not score {path}"
@@ -359,10 +354,10 @@ class Rows:
 
     def __init__(self, path, keys, tokenizer, max_length, limit=0):
         number, lines, lengths, ids = 0, [], [], tempfile.TemporaryFile()
-        with reading(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
+        with or_fail(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
             bar = tqdm(islice(file, limit or None), "tokenising", unit=" rows", disable=dist.get_rank() > 0)
             for number, line in enumerate(bar, 1):
-                with reading(f"{path}, line {number}", f"write an object with prompt, {', '.join(keys)}"):
+                with or_fail(f"{path}, line {number}", f"write an object with prompt, {', '.join(keys)}"):
                     row = json.loads(line)
                     texts = [encode_prompt(tokenizer, row["prompt"])]
                     texts += [encode_response(tokenizer, row[key]) for key in keys]
@@ -416,7 +411,7 @@ def plan_steps(row_tokens, args):
 def make_engine(model, optimizer, schedule, args):
     """DeepSpeed's engine by --deepspeed_config, with this run's batch sizes and dtype. One CPU process runs
     without ZeRO: it has nothing to share out, and ZeRO would copy weights and gradients."""
-    with reading("--deepspeed_config", "take the ds_config.json here"), open(args.deepspeed_config) as file:
+    with or_fail("--deepspeed_config", "take the ds_config.json here"), open(args.deepspeed_config) as file:
         config = json.load(file)
         stage, clipping = config["zero_optimization"]["stage"], float(config.get("gradient_clipping", 0))
         assert stage in (0, 1, 2) and clipping >= 0, "take ZeRO stage 0, 1 or 2, and clipping of 0 or more"
@@ -448,7 +443,7 @@ def start_run(engine, args):
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {folder}", "unless memory ran out, delete it and start anew"):
+        with or_fail(f"--resume: {folder}", "unless memory ran out, delete it and start anew"):
             state = torch.load(f"{folder}/state.pt", weights_only=True)
             for name, value in run.items():
                 before = state["run"].get(name)
@@ -461,8 +456,9 @@ def start_run(engine, args):
             engine.load_checkpoint(folder, step)
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
-        with open(f"{args.out}/args.json", "w") as file:
+        with open(f"{args.out}/partial.json", "w") as file:
             json.dump(run, file, indent=2)
+        os.replace(f"{args.out}/partial.json", f"{args.out}/args.json")
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.truncate(min(state["log_size"], file.tell()))
         print(f"{args.out}: from step {state['step']}")
@@ -489,7 +485,7 @@ def log(args, step, window, prefix="", **figures):
 def save_checkpoint(engine, args, state):
     """Writes <out>/checkpoint/step<k>, then state.pt, which names that step, and deletes the steps before."""
     folder, step = f"{args.out}/checkpoint", f"step{state['step']}"
-    with reading(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
+    with or_fail(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
         engine.save_checkpoint(folder, step, save_latest=False)
         if dist.get_rank() == 0:
             state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
@@ -499,18 +495,19 @@ def save_checkpoint(engine, args, state):
                 shutil.rmtree(f"{folder}/{before}")
 
 
-def save_model(lm, tokenizer, folder, head):
+def save_model(model, tokenizer, folder):
     """Writes model and tokenizer, each file whole or not at all, and deletes the checkpoint. The head is put
     beside the model: programs that serve causal LMs refuse a model with a tensor too many."""
-    if not all(weight.isfinite().all() for weight in lm.parameters()):
+    if not all(weight.isfinite().all() for weight in model.parameters()):
         fail(f"{folder}: the weights are not finite and are not saved; lower --learning_rate")
     if dist.get_rank() == 0:
         partial = f"{folder}/partial"
-        with reading(partial, "make room, then go on with --resume, or start again"):
-            lm.save_pretrained(partial)
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        with or_fail(partial, "make room, then go on with --resume, or start again"):
+            model.lm.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            if head:
-                save_file({"score.weight": head.weight.data}, f"{partial}/score.safetensors")
+            if model.score:
+                save_file({"score.weight": model.score.weight.data}, f"{partial}/score.safetensors")
         for name in set(glob("*.safetensors*", root_dir=folder)) - set(os.listdir(partial)):
             os.remove(f"{folder}/{name}")  # an older run's
         for name in os.listdir(partial):
@@ -532,7 +529,7 @@ def fail(message):
 
 
 @contextmanager
-def reading(what, mend, errors=Exception):
+def or_fail(what, mend, errors=Exception):
     """Turns an error inside into one line for the user: libraries raise anything where a file is damaged."""
     try:
         yield
@@ -579,13 +576,12 @@ def init_process(args):
 
 def load_model(folder):
     """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), SDPA attention, no dropout."""
-    with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
+    with or_fail(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
         config = AutoConfig.from_pretrained(folder)
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):  # OPT's is functional: only the config ends it
-                setattr(config, name, 0.0)
+        dropouts = [name for name, p in config.to_dict().items() if "drop" in name and isinstance(p, float)]
+        config.update(dict.fromkeys(dropouts, 0.0))  # OPT's is functional: only the config ends it
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
@@ -620,5 +616,5 @@ def encode_response(tokenizer, response):
 
 
 if __name__ == "__main__":
-    with reading("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
+    with or_fail("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
         main()

@@ -1,5 +1,4 @@
-"""
-Evaluation: who wins, by how much, and whether the judge can be believed.
+"""Evaluation: who wins, by how much, and whether the judge can be believed.
 
     python evaluate.py --generations out/{drdo,sft}/generations.jsonl --against out/sft
     python evaluate.py --generations all.jsonl --rewards all_rewards.pt --against out/sft --group_by dataset
@@ -202,7 +201,7 @@ def pair_responses(responses, opponents, notes):
     policies = list(generated["policy"].unique())
     for opponent in dict.fromkeys(opponents or policies):
         if opponent == "reference":  # it meets the policy of its own row
-            theirs, same = responses.drop(generated.index), ["generator"]
+            theirs, same = responses.drop(generated.index), ["generator", "group"]
         elif opponent in policies:
             theirs, same = generated[generated["policy"] == opponent], ["group"]
         else:  # with --group_by folder: a generator that meets all groups
@@ -225,7 +224,7 @@ def pair_responses(responses, opponents, notes):
 
 def write_alpaca_eval(responses, out):
     """Writes each policy's responses as alpaca_eval reads them, its --model_outputs."""
-    for policy, own in responses.groupby("policy"):
+    for policy, own in responses[responses["kind"] == "response"].groupby("policy"):
         if own["prompt"].duplicated().any():
             fail(f"--alpaca_eval: {policy} answers a prompt several times; generate at one --temperature")
         rows = [{"instruction": as_text(row["prompt"]), "output": row["response"].strip(),
@@ -429,7 +428,9 @@ def compare(pairs):
               "losses": int((outcomes < 0.5).sum())}
     values = {"win_rate": outcomes}
     if "reward" in pairs:
-        values["reward_difference"] = (pairs["reward"] - pairs["reward_theirs"]).to_numpy()
+        difference = (pairs["reward"] - pairs["reward_theirs"]).to_numpy()
+        record["opponent_std"] = pairs["reward_theirs"].std(ddof=0) or np.nan
+        values |= {"reward_difference": difference, "advantage": difference / record["opponent_std"]}
     intervals = bootstrap(np.column_stack(list(values.values())), prompts)
     for (name, value), interval in zip(values.items(), intervals):
         record |= {name: value.mean(), name + "_interval": interval.tolist()}
@@ -438,10 +439,6 @@ def compare(pairs):
     record["standard_error"] = np.sqrt((sums ** 2).sum() * len(sums) / max(len(sums) - 1, 1)) / len(outcomes)
     rate, interval = length_controlled(outcomes, (pairs["words"] - pairs["words_theirs"]).to_numpy(), prompts)
     record |= {"length_controlled": rate, "length_controlled_interval": interval}
-    if "reward" in pairs:
-        scale = pairs["reward_theirs"].std(ddof=0) or np.nan
-        record |= {"opponent_std": scale, "advantage": record["reward_difference"] / scale,
-                   "advantage_interval": (intervals[1] / scale).tolist()}
     record |= {name: [pairs[name].mean(), pairs[name + "_theirs"].mean()] for name in ("words", "eos")}
     return record | {name: pairs[name].mean() for name in ("flip", "first") if name in pairs}
 
@@ -560,8 +557,7 @@ PANELS = {"loss": "per pair", "loss/distillation": "per pair", "loss/contrastive
 
 
 def plot_curves(folders):
-    """Figure 4: a line per run, a panel per figure of its log. Training data is faint, held-out data has
-    markers."""
+    """Figure 4: a line per run, a panel per figure of its log; faint: training data, marked: held out."""
     logs = {}
     for folder in folders:
         path = os.path.join(folder, "log.jsonl")
@@ -601,12 +597,11 @@ def save(path, content):
     print(f"wrote {path}")
 
 
-# ---- copies: the stages share these to the letter
+# ---- files and bad input
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr (of one process a machine), exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
+    """Ends the program on bad input: one line on stderr, exit status 2."""
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 
@@ -618,12 +613,10 @@ def read_jsonl(path, *keys):
             for number, line in enumerate(file, 1):
                 row = json.loads(line)
                 for key in keys:
-                    texts = [row[key]]
-                    if key == "prompt" and isinstance(row[key], list):
-                        texts = [turn[name] for turn in row[key] for name in ("role", "content")]
-                    if not all(isinstance(text, str) for text in texts) or key == "prompt" and not row[key]:
+                    text = as_text(row[key]) if key == "prompt" else row[key]
+                    if not isinstance(text, str) or key == "prompt" and not text:
                         raise TypeError(f"`{key}` holds no text")
-                    "".join(texts).encode()  # a lone surrogate is no text
+                    text.encode()  # a lone surrogate is no text
                 yield row
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot read it ({error}); name a UTF-8 JSONL file")

@@ -9,9 +9,8 @@ Out:  <model>/generations.jsonl, a row for each prompt and temperature, in promp
     deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out out/dpo/cnn.jsonl
     deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      # greedy
 
-A prompt that stands in several rows is taken once. Batches hold prompts of similar length. A batch draws from
-a seed of its own, so the number of processes does not change the text. The batch size and the list of
-temperatures do.
+A prompt that stands in several rows is taken once. Batches hold prompts of similar length. Each has a seed of
+its own: the number of processes does not change the text. Batch size and list of temperatures do.
 """
 import argparse
 import json
@@ -68,9 +67,9 @@ def main():
 
     # ---- prompts, each once, without those that are too long
     unique = {}  # {prompt: (its row, its token ids)}
-    with reading(args.prompts, "name a UTF-8 JSONL file"), open(args.prompts, encoding="utf-8-sig") as file:
+    with or_fail(args.prompts, "name a UTF-8 JSONL file"), open(args.prompts, encoding="utf-8-sig") as file:
         for number, line in enumerate(tqdm(file, "tokenising", unit=" rows", disable=rank > 0), 1):
-            with reading(f"{args.prompts}, line {number}", "write an object with prompt"):
+            with or_fail(f"{args.prompts}, line {number}", "write an object with prompt"):
                 row = json.loads(line)
                 unique.setdefault(json.dumps(row["prompt"]), (row, encode_prompt(tokenizer, row["prompt"])))
             if len(unique) == args.num_prompts:
@@ -117,7 +116,7 @@ def main():
 def load_model(folder, device, dtype):
     """The folder's tokenizer, its causal LM in "bf16" or "fp32", and the ids that end a response."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
+    with or_fail(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
@@ -147,7 +146,6 @@ def generate(model, prompts, temperature, top_p, max_new_tokens, ends):
 
 # ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
 
-
 def fail(message):
     """Ends the program on bad input: one line on stderr, exit status 2. Process 0 prints at once. The others
     wait: if process 0 has the same error, the launcher ends them first, and the line appears once."""
@@ -158,7 +156,7 @@ def fail(message):
 
 
 @contextmanager
-def reading(what, mend, errors=Exception):
+def or_fail(what, mend, errors=Exception):
     """Turns an error inside into one line for the user: libraries raise anything where a file is damaged."""
     try:
         yield
@@ -221,5 +219,5 @@ def encode_prompt(tokenizer, prompt):
 
 
 if __name__ == "__main__":
-    with reading("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
+    with or_fail("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
         main()

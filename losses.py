@@ -19,13 +19,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-def upcast(*tensors):
-    """The tensors in fp32, those in fp64 unchanged: summed log-probs of -1000 mean nothing in bf16."""
-    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+def upcast(x):
+    """x in fp32, or in fp64 as it was: summed log-probs of -1000 mean nothing in bf16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---- losses ------------------------------------------------------------------------------------------------
-
 
 def oracle_loss(chosen_rewards, rejected_rewards, chosen_logps, alpha=0.01):
     """Eq. 5, the Oracle: Bradley-Terry on its rewards and, weighed by alpha, the likelihood of y_w.
@@ -34,32 +33,23 @@ def oracle_loss(chosen_rewards, rejected_rewards, chosen_logps, alpha=0.01):
 
     alpha = 0 is Eq. 2, the plain reward model (Bradley & Terry 1952): a member of e-DPO's ensemble. It does
     not read chosen_logps. The second term is the SFT regulariser of GRM (Yang et al. 2024, arXiv 2406.10216).
-
-    Args: chosen_rewards, rejected_rewards, chosen_logps: (B,).  Returns: (B,).
+    All tensors are (B,).
     """
-    chosen_rewards, rejected_rewards = upcast(chosen_rewards, rejected_rewards)
-    bradley_terry = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    bradley_terry = -F.logsigmoid(upcast(chosen_rewards) - upcast(rejected_rewards))
     if alpha == 0:
         return bradley_terry
-    (chosen_logps,) = upcast(chosen_logps)
-    return (1 - alpha) * bradley_terry - alpha * chosen_logps
-
-
-def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
-    """Eq. 3, DPO (Rafailov et al. 2023, arXiv 2305.18290): -log sigma(beta * log ratio).
-
-    The log ratio is (z_w - z_l) of the policy less (z_w - z_l) of the reference.
-
-    Args: log pi(y|x) of the policy and of the reference, each (B,).  Returns: (B,).
-    """
-    return -F.logsigmoid(beta * log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps))
+    return (1 - alpha) * bradley_terry - alpha * upcast(chosen_logps)
 
 
 def log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps):
-    """(z_w - z_l) of the policy less (z_w - z_l) of the reference.  Args: (B,) each.  Returns: (B,)."""
-    chosen_logps, rejected_logps = upcast(chosen_logps, rejected_logps)
-    ref_chosen_logps, ref_rejected_logps = upcast(ref_chosen_logps, ref_rejected_logps)
-    return (chosen_logps - rejected_logps) - (ref_chosen_logps - ref_rejected_logps)
+    """(z_w - z_l) of the policy less (z_w - z_l) of the reference. All are (B,)."""
+    policy = upcast(chosen_logps) - upcast(rejected_logps)
+    return policy - (upcast(ref_chosen_logps) - upcast(ref_rejected_logps))
+
+
+def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
+    """Eq. 3, DPO (Rafailov et al. 2023, arXiv 2305.18290): -log sigma(beta * log ratio). All are (B,)."""
+    return -F.logsigmoid(beta * log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps))
 
 
 def edpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -69,15 +59,13 @@ def edpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     (r*(x, y_w) - r*(x, y_l) - beta * log ratio)^2
 
     ensemble="mean" averages the K squared errors. Its gradient is that of distilling the mean reward. "min"
-    takes, for each pair, the reward model nearest to the policy (their pessimistic version).
-
-    Args: log-probs (B,); oracle rewards (K, B).  Returns: (B,).  Raises ValueError on another `ensemble`.
+    takes, for each pair, the reward model nearest to the policy (their pessimistic version). Log-probs are
+    (B,), Oracle rewards (K, B), the loss (B,). Raises ValueError on another `ensemble`.
     """
     if ensemble not in ("mean", "min"):
         raise ValueError(f"ensemble={ensemble!r}: it is 'mean' or 'min'")
-    oracle_chosen_rewards, oracle_rejected_rewards = upcast(oracle_chosen_rewards, oracle_rejected_rewards)
     ratio = log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    errors = (oracle_chosen_rewards - oracle_rejected_rewards - beta * ratio) ** 2  # (K, B)
+    errors = (upcast(oracle_chosen_rewards) - upcast(oracle_rejected_rewards) - beta * ratio) ** 2  # (K, B)
     return errors.mean(0) if ensemble == "mean" else errors.amin(0)
 
 
@@ -85,8 +73,7 @@ def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     """IPO (Azar et al. 2023, arXiv 2310.12036, Eq. 17): (log ratio - 1 / (2 beta))^2.
 
     Log-probs are summed, as in the paper. TRL takes means over tokens, so a beta does not carry over.
-
-    Args: log pi(y|x) of the policy and of the reference, each (B,).  Returns: (B,).
+    All are (B,).
     """
     ratio = log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     return (ratio - 1 / (2 * beta)) ** 2
@@ -101,9 +88,7 @@ def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_reje
     with p_w = sigma(z_w - z_l). The first term is `distillation_loss`, the reward difference. The second is
     `contrastive_loss`, the focal contrastive log-unlikelihood. Its sign is the paper's. At a fixed focal
     factor it slightly raises pi(y_l|x), despite its name: its gradient in z_l is about pi(y_l|x), nearly 0.
-
-    Args: log-probs, the policy's own rewards r^ and the Oracle's rewards r*, each (B,); preference_logits as
-    in `contrastive_loss`.  Returns: (B,).
+    All are (B,); preference_logits as in `contrastive_loss`.
     """
     distillation = distillation_loss(student_chosen_rewards, student_rejected_rewards,
                                      oracle_chosen_rewards, oracle_rejected_rewards)
@@ -112,10 +97,10 @@ def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_reje
 
 def distillation_loss(student_chosen_rewards, student_rejected_rewards,
                       oracle_chosen_rewards, oracle_rejected_rewards):
-    """Eq. 6, first term: (r*(x, y_w) - r*(x, y_l) - (r^_w - r^_l))^2.  Args: (B,) each.  Returns: (B,)."""
-    student_chosen, student_rejected = upcast(student_chosen_rewards, student_rejected_rewards)
-    oracle_chosen, oracle_rejected = upcast(oracle_chosen_rewards, oracle_rejected_rewards)
-    return (oracle_chosen - oracle_rejected - (student_chosen - student_rejected)) ** 2
+    """Eq. 6, first term: (r*(x, y_w) - r*(x, y_l) - (r^_w - r^_l))^2. All are (B,)."""
+    oracle = upcast(oracle_chosen_rewards) - upcast(oracle_rejected_rewards)
+    student = upcast(student_chosen_rewards) - upcast(student_rejected_rewards)
+    return (oracle - student) ** 2
 
 
 def contrastive_loss(chosen_logps, rejected_logps, gamma=2.0, preference_logits=None):
@@ -124,15 +109,13 @@ def contrastive_loss(chosen_logps, rejected_logps, gamma=2.0, preference_logits=
     p_w = sigma(z_w - z_l). preference_logits, (B,), stands in for z_w - z_l there: a difference of mean
     log-probs, or a detached one. A difference of summed log-probs is many nats and follows the lengths. So
     p_w is near 0 or 1 for most pairs from step 1 on, and its mean is about the share of pairs whose chosen
-    response is the likelier one, often the shorter.
-
-    Args: summed log-probs (B,).  Returns: (B,).
+    response is the likelier one, often the shorter. All are (B,).
     """
-    chosen_logps, rejected_logps = upcast(chosen_logps, rejected_logps)
+    chosen_logps, rejected_logps = upcast(chosen_logps), upcast(rejected_logps)
     if preference_logits is None:
         preference_logits = chosen_logps - rejected_logps
     # 1 - p_w = sigma(-logits). As exp(gamma log .) its gradient is finite where that of pow is 0 * inf
-    focal = torch.exp(gamma * F.logsigmoid(-upcast(preference_logits)[0]))
+    focal = torch.exp(gamma * F.logsigmoid(-upcast(preference_logits)))
     return -focal * (chosen_logps - log1mexp(rejected_logps))
 
 
@@ -142,7 +125,7 @@ def log1mexp(x):
     1 - e^x is at least the dtype's epsilon here (fp32: 1.2e-7). So the value at x = 0 is about -16 and not
     -inf. The gradient is at most 1 / epsilon, and zero where the bound acts.
     """
-    (x,) = upcast(x)
+    x = upcast(x)
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     # each branch gets an argument that is safe for it: where() would pass on a NaN gradient of the other
     near_zero = torch.log(-torch.expm1(x.clamp(min=-0.6931)))  # -log 2
@@ -151,7 +134,6 @@ def log1mexp(x):
 
 
 # ---- readouts of the last hidden state ---------------------------------------------------------------------
-
 
 def response_logps(hidden, lm_head, input_ids, segments, num_responses=2, max_logits=2**26):
     """log pi(y|x) of the responses in a batch of rows: the sum of the log-probs of each response's tokens.
@@ -163,15 +145,13 @@ def response_logps(hidden, lm_head, input_ids, segments, num_responses=2, max_lo
     pair_mask in align.py.
 
     Only positions that predict a response token meet the vocabulary. More than `max_logits` logits (2^26: 256
-    MiB in fp32) are made in chunks, and again in the backward pass. Then memory does not grow with tokens x
-    vocabulary.
+    MiB in fp32) are made in chunks, and again in the backward pass: memory does not grow with their number.
 
     Args:
         hidden: (B, T, H), the last hidden states, after the final norm.
         lm_head: the Linear from H to V.
         input_ids: (B, T).
-        segments: (B, T), 0 in the prompt, 1 in the first response's segment, 2 in the second's, -1 in
-        padding.
+        segments: (B, T), 0 in the prompt, 1 in the first response's segment, 2 in the second's, -1: padding.
     Returns: (B, num_responses), fp32 at least; 0 where a row has no such response.
     """
     left, right = segments[:, :-1], segments[:, 1:]
@@ -190,7 +170,7 @@ def response_logps(hidden, lm_head, input_ids, segments, num_responses=2, max_lo
 
 def token_logps(states, lm_head, tokens):
     """log pi(token): hidden states (N, H) that predict `tokens` (N,) -> (N,), fp32 at least."""
-    (logits,) = upcast(lm_head(states))  # (N, V)
+    logits = upcast(lm_head(states))  # (N, V)
     return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
@@ -201,5 +181,4 @@ def last_token_rewards(hidden, score_weight, last):
     Returns: (B, R), fp32 at least.
     """
     states = hidden[torch.arange(len(last), device=last.device)[:, None], last]  # (B, R, H)
-    states, score_weight = upcast(states, score_weight)
-    return (states @ score_weight.T).squeeze(-1)
+    return (upcast(states) @ upcast(score_weight).T).squeeze(-1)

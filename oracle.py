@@ -11,9 +11,8 @@ Out:  out/oracle/: model and tokenizer (the head inside, as score.weight), args.
 The way of one pair: Rows (encode_prompt, encode_response) -> PairModel (collate, pair_mask, response_logps,
 last_token_rewards) -> loss_and_metrics (losses.py) -> engine.backward and step.
 
-The folder loads as AutoModelForCausalLM and as AutoModelForSequenceClassification, with equal rewards. The
-reward is read at EOS. The seed draws the head and the order of the data: an ensemble's members differ in
-both.
+The folder loads as AutoModelForCausalLM and as AutoModelForSequenceClassification, with equal rewards, read
+at EOS. The seed draws the head and the order of the data: an ensemble's members differ in both.
 
 Where the paper leaves a choice: the LM term log(y_w) is summed over the response's tokens, as Eq. 5 prints
 it (--lm_term mean averages it). The model starts from the SFT policy. The head is drawn from N(0, 1/(H+1)).
@@ -96,7 +95,7 @@ def main():
     row_tokens, chosen_tokens = pairs.lengths.sum(1), torch.tensor(pairs.lengths[:, 1])  # (N,), (N,)
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
 
-    # ---- model, optimizer, engine
+    # ---- reward head, optimizer, engine
     width = lm.get_output_embeddings().weight.shape[1]  # H; OPT projects its hidden states to this width
     lm.score, lm.config.num_labels = torch.nn.Linear(width, 1, bias=False), 1  # inside the LM: saved with it
     torch.nn.init.normal_(lm.score.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, arXiv 2009.01325
@@ -152,8 +151,7 @@ def main():
 def loss_and_metrics(args, logps, rewards, chosen_tokens):
     """Eq. 5 of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l rejected.
 
-    logps: log pi(y|x), w's first, (B, 1 or 2), or (B, 0) if alpha is 0. rewards: of (w, l), (B, 2).
-    chosen_tokens: (B,).
+    logps: log pi(y|x), w's first, (B, 0 to 2). rewards: of (w, l), (B, 2). chosen_tokens: (B,).
     """
     reward_w, reward_l = rewards.unbind(1)
     bradley_terry = oracle_loss(reward_w, reward_l, None, alpha=0)  # Eq. 2
@@ -181,7 +179,6 @@ def set_pad_token(tokenizer, lm):
 
 
 # ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
-
 
 class PairModel(torch.nn.Module):
     """A causal LM, with a reward head or without, that scores both responses of a pair in one row.
@@ -231,8 +228,7 @@ def collate(pairs, device):
 
 def pair_mask(segments, dtype):
     """Attention mask (B, 1, T, T), 0 where the query (row) sees the key (column), else the dtype's minimum.
-    It is causal, and a response sees the prompt and itself. Padding sees padding: a row that sees nothing
-    gives NaN."""
+    Causal. A response sees the prompt and itself, padding sees padding: a row that sees nothing gives NaN."""
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     query, key = segments[:, :, None], segments[:, None, :]
     blocked = ~(causal & ((key == 0) | (key == query)))[:, None]
@@ -241,18 +237,18 @@ def pair_mask(segments, dtype):
 
 @torch.no_grad()
 def check_layout(lm, pairs, args):
-    """Fails where the rejected response's log-prob in a pair's row is not that of the model's own forward.
-    Such a model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
-    prompt, _, rejected = pair = pairs[pairs.lengths[:, [0, 2]].sum(1).argmax()]  # the longest
-    logp = PairModel(lm)([pair])[0][0, 1]
-    ids = torch.as_tensor(np.concatenate([prompt, rejected]), dtype=torch.long, device=logp.device)
-    logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
-    own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
-    # bf16 keeps 8 bits. Its errors are random, so their sum grows as the root of the number of tokens
-    tolerance = 0.001 * len(rejected) if lm.dtype.itemsize >= 4 else 0.5 + 0.5 * len(rejected) ** 0.5
-    if not abs(own - logp) <= tolerance:  # NaN too
-        fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward and "
-             f"{logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
+    """Fails where a response's log-prob in a pair's row is not that of the model's own forward. Such a model
+    ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
+    prompt, *responses = pair = pairs[(pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).argmax()]  # longest
+    for response, logp in zip(responses, PairModel(lm)([pair])[0][0]):
+        ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long, device=logp.device)
+        logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
+        own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
+        # bf16 keeps 8 bits. Its errors are random, so their sum grows as the root of the number of tokens
+        tolerance = 0.001 * len(response) if lm.dtype.itemsize >= 4 else 0.5 + 0.5 * len(response) ** 0.5
+        if not abs(own - logp) <= tolerance:  # NaN too
+            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward "
+                 f"and {logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
 
 
 @torch.no_grad()
@@ -276,10 +272,10 @@ class Rows:
 
     def __init__(self, path, keys, tokenizer, max_length, limit=0):
         number, lines, lengths, ids = 0, [], [], tempfile.TemporaryFile()
-        with reading(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
+        with or_fail(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
             bar = tqdm(islice(file, limit or None), "tokenising", unit=" rows", disable=dist.get_rank() > 0)
             for number, line in enumerate(bar, 1):
-                with reading(f"{path}, line {number}", f"write an object with prompt, {', '.join(keys)}"):
+                with or_fail(f"{path}, line {number}", f"write an object with prompt, {', '.join(keys)}"):
                     row = json.loads(line)
                     texts = [encode_prompt(tokenizer, row["prompt"])]
                     texts += [encode_response(tokenizer, row[key]) for key in keys]
@@ -333,7 +329,7 @@ def plan_steps(row_tokens, args):
 def make_engine(model, optimizer, schedule, args):
     """DeepSpeed's engine by --deepspeed_config, with this run's batch sizes and dtype. One CPU process runs
     without ZeRO: it has nothing to share out, and ZeRO would copy weights and gradients."""
-    with reading("--deepspeed_config", "take the ds_config.json here"), open(args.deepspeed_config) as file:
+    with or_fail("--deepspeed_config", "take the ds_config.json here"), open(args.deepspeed_config) as file:
         config = json.load(file)
         stage, clipping = config["zero_optimization"]["stage"], float(config.get("gradient_clipping", 0))
         assert stage in (0, 1, 2) and clipping >= 0, "take ZeRO stage 0, 1 or 2, and clipping of 0 or more"
@@ -365,7 +361,7 @@ def start_run(engine, args):
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {folder}", "unless memory ran out, delete it and start anew"):
+        with or_fail(f"--resume: {folder}", "unless memory ran out, delete it and start anew"):
             state = torch.load(f"{folder}/state.pt", weights_only=True)
             for name, value in run.items():
                 before = state["run"].get(name)
@@ -378,8 +374,9 @@ def start_run(engine, args):
             engine.load_checkpoint(folder, step)
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
-        with open(f"{args.out}/args.json", "w") as file:
+        with open(f"{args.out}/partial.json", "w") as file:
             json.dump(run, file, indent=2)
+        os.replace(f"{args.out}/partial.json", f"{args.out}/args.json")
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.truncate(min(state["log_size"], file.tell()))
         print(f"{args.out}: from step {state['step']}")
@@ -406,7 +403,7 @@ def log(args, step, window, prefix="", **figures):
 def save_checkpoint(engine, args, state):
     """Writes <out>/checkpoint/step<k>, then state.pt, which names that step, and deletes the steps before."""
     folder, step = f"{args.out}/checkpoint", f"step{state['step']}"
-    with reading(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
+    with or_fail(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
         engine.save_checkpoint(folder, step, save_latest=False)
         if dist.get_rank() == 0:
             state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
@@ -422,7 +419,7 @@ def save_model(lm, tokenizer, folder):
         fail(f"{folder}: the weights are not finite and are not saved; lower --learning_rate")
     if dist.get_rank() == 0:
         partial = f"{folder}/partial"
-        with reading(partial, "make room, then go on with --resume"):
+        with or_fail(partial, "make room, then go on with --resume"):
             lm.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         for name in set(glob("*.safetensors*", root_dir=folder)) - set(os.listdir(partial)):
@@ -446,7 +443,7 @@ def fail(message):
 
 
 @contextmanager
-def reading(what, mend, errors=Exception):
+def or_fail(what, mend, errors=Exception):
     """Turns an error inside into one line for the user: libraries raise anything where a file is damaged."""
     try:
         yield
@@ -493,13 +490,12 @@ def init_process(args):
 
 def load_model(folder):
     """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), SDPA attention, no dropout."""
-    with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
+    with or_fail(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
         config = AutoConfig.from_pretrained(folder)
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):  # OPT's is functional: only the config ends it
-                setattr(config, name, 0.0)
+        dropouts = [name for name, p in config.to_dict().items() if "drop" in name and isinstance(p, float)]
+        config.update(dict.fromkeys(dropouts, 0.0))  # OPT's is functional: only the config ends it
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
@@ -534,5 +530,5 @@ def encode_response(tokenizer, response):
 
 
 if __name__ == "__main__":
-    with reading("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
+    with or_fail("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
         main()

@@ -13,8 +13,7 @@ Out:  rewards.pt: a dict that torch.load(weights_only=True) reads. Tensors, floa
 
 Any AutoModelForSequenceClassification with one label and a linear head `score` serves as an Oracle. Its
 reward is read at the response's EOS. A text that stands in several rows is scored once. Texts are sorted by
-length and shared out among the processes. Neither their number nor the batch size changes a reward beyond
-float rounding.
+length and shared out among the processes. Their number and the batch size change a reward by rounding alone.
 """
 import argparse
 import hashlib
@@ -31,6 +30,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
@@ -65,7 +65,7 @@ def main():
     device, rank, _ = init_process(args)
 
     # ---- score the texts by one Oracle after the other
-    rewards = {}  # {column: K of (N,)}
+    scores = []  # of each Oracle, (texts + 1,); the last, number -1, is NaN: rows without this text
     for folder in args.oracle:
         tokenizer, model = load_oracle(folder, device, args.dtype)
         texts, columns = read_texts(args.data, tokenizer)
@@ -75,21 +75,19 @@ def main():
         fits = [i for i, ids in enumerate(texts) if len(ids) <= max_length]
         if not fits:
             fail(f"{args.data}: no row fits in --max_length {max_length}, or the model's positions; raise it")
-        scores = torch.full((len(texts) + 1,), math.nan)  # the last, number -1: rows without this text
-        scores[fits] = score(model, [texts[i] for i in fits], args.micro_batch_size, folder)
-        if not scores[fits].isfinite().all():
+        scores.append(torch.full((len(texts) + 1,), math.nan))
+        scores[-1][fits] = score(model, [texts[i] for i in fits], args.micro_batch_size, folder)
+        if not scores[-1][fits].isfinite().all():
             fail(f"--oracle {folder}: its rewards are not finite; train it with a lower --learning_rate")
-        for key, numbers in columns.items():
-            rewards.setdefault(key, []).append(scores[numbers])
         del model
-    rewards = {key: torch.stack(parts) for key, parts in rewards.items()}  # (K, N)
+    rewards = {key: torch.stack(scores)[:, numbers] for key, numbers in columns.items()}  # (K, N)
 
     # ---- save and report
     if rank == 0:
         if args.relabel:
             relabel(args.data, rewards, args.relabel)
         sha256 = hashlib.file_digest(open(args.relabel or args.data, "rb"), "sha256").hexdigest()
-        with reading(f"--out {args.out}.partial", "make room and run again"):
+        with or_fail(f"--out {args.out}.partial", "make room and run again"):
             torch.save(rewards | {"oracles": args.oracle, "data_sha256": sha256}, args.out + ".partial")
         os.replace(args.out + ".partial", args.out)
         pairs = "chosen" in rewards
@@ -110,7 +108,7 @@ def main():
 def load_oracle(folder, device, dtype):
     """The folder's tokenizer and reward model, in "bf16" or "fp32": a decoder with a linear head `score`."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    with reading(f"--oracle {folder}", "give a reward model with one label; oracle.py trains one"):
+    with or_fail(f"--oracle {folder}", "give a reward model with one label; oracle.py trains one"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -125,9 +123,9 @@ def read_texts(path, tokenizer):
     """(texts, columns): token ids of prompt + response, a text once, in a temporary file, so that memory does
     not grow with them; and {key: the number of each row's text, or -1}, `reference` too for generations."""
     texts, ends, ids = {}, [0], tempfile.TemporaryFile()
-    with reading(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
+    with or_fail(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(tqdm(file, "tokenising", unit=" rows", disable=dist.get_rank() > 0), 1):
-            with reading(f"{path}, line {number}", "write an object with prompt, chosen, rejected"):
+            with or_fail(f"{path}, line {number}", "write an object with prompt, chosen, rejected"):
                 row = json.loads(line)
                 if number == 1:
                     generations = "response" in row and "chosen" not in row
@@ -151,18 +149,15 @@ def read_texts(path, tokenizer):
 
 @torch.no_grad()
 def score(model, texts, micro_batch_size, description):
-    """Rewards of texts, arrays of token ids, (len(texts),) on the CPU: sorted by length, shared out among
-    processes."""
+    """Rewards of texts, arrays of token ids, (len(texts),) on the CPU; sorted by length and shared out."""
     rank, world_size, device = dist.get_rank(), dist.get_world_size(), model.device
     rewards = torch.zeros(len(texts), device=device)
     order = np.argsort([-len(ids) for ids in texts], kind="stable")
     micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
     for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0):
-        input_ids = np.zeros((len(micro), len(texts[micro[0]])), int)  # (B, T), padded right by zeros
-        for row, i in enumerate(micro):
-            input_ids[row, :len(texts[i])] = texts[i]
-        last = torch.tensor([[len(texts[i]) - 1] for i in micro], device=device)  # (B, 1)
-        input_ids = torch.as_tensor(input_ids, device=device)
+        ids = [torch.tensor(texts[i], dtype=torch.long) for i in micro]
+        input_ids = pad_sequence(ids, batch_first=True).to(device)  # (B, T), padded right by zeros
+        last = torch.tensor([[len(text) - 1] for text in ids], device=device)  # (B, 1)
         hidden = model.base_model(input_ids, use_cache=False).last_hidden_state  # causal: needs no mask
         rewards[micro] = last_token_rewards(hidden, model.score.weight, last)[:, 0].float()
     dist.all_reduce(rewards)
@@ -188,7 +183,6 @@ def relabel(data, rewards, path):
 
 # ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
 
-
 def fail(message):
     """Ends the program on bad input: one line on stderr, exit status 2. Process 0 prints at once. The others
     wait: if process 0 has the same error, the launcher ends them first, and the line appears once."""
@@ -199,7 +193,7 @@ def fail(message):
 
 
 @contextmanager
-def reading(what, mend, errors=Exception):
+def or_fail(what, mend, errors=Exception):
     """Turns an error inside into one line for the user: libraries raise anything where a file is damaged."""
     try:
         yield
@@ -270,5 +264,5 @@ def encode_response(tokenizer, response):
 
 
 if __name__ == "__main__":
-    with reading("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
+    with or_fail("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
         main()

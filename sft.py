@@ -1,6 +1,6 @@
 """Fine-tunes a causal LM on responses: the SFT policy that DRDO, DPO and e-DPO start from (arXiv 2410.08458).
 
-In:   a base LM, train.jsonl (prompt, chosen; or `label` or `response` in place of chosen)
+In:   a base LM, train.jsonl (prompt, chosen)
 Out:  out/sft/: model and tokenizer, args.json, log.jsonl; checkpoint/ while it runs
 
     deepspeed sft.py --model facebook/opt-125m
@@ -39,7 +39,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
     flag = parser.add_argument_group("data and model").add_argument
     flag("--model", required=True, help="the base LM: a folder or a hub name")
-    flag("--data", default="data/all/train.jsonl", help="JSONL: prompt, and chosen, label or response")
+    flag("--data", default="data/all/train.jsonl", help="JSONL to train on: prompt, chosen")
     flag("--eval_data", default="data/all/validation.jsonl", help="the same, held out; '' for none")
     flag("--out", default="out/sft", help="folder to write")
     flag("--max_length", type=int, default=1024, help="drop rows whose prompt + response has more tokens")
@@ -75,13 +75,13 @@ def main():
     # ---- model and data
     tokenizer, lm = load_model(args.model)
     args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", None) or math.inf)
-    examples = Rows(args.data, [response_key(args.data)], tokenizer, args.max_length)
-    eval_examples = args.eval_data and Rows(args.eval_data, [response_key(args.eval_data)], tokenizer,
-                                            args.max_length, args.eval_rows)
+    keys = ["chosen"]
+    examples = Rows(args.data, keys, tokenizer, args.max_length)
+    eval_examples = args.eval_data and Rows(args.eval_data, keys, tokenizer, args.max_length, args.eval_rows)
     row_tokens, response_tokens = examples.lengths.sum(1), examples.lengths[:, 1]  # (N,), (N,); EOS included
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
 
-    # ---- model, optimizer, engine
+    # ---- optimizer, engine
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = ResponseModel(lm, bf16=args.dtype == "bf16")
@@ -97,8 +97,7 @@ def main():
     state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
 
     # ---- training
-    nll, tokens, targets, start = torch.zeros(1, device=device), 0, 0, time.time()
-    done = state["step"]
+    nll, tokens, targets, start, done = torch.zeros(1, device=device), 0, 0, time.time(), state["step"]
     bar = tqdm(steps[done:], "sft", initial=done, total=args.max_steps, disable=rank > 0)
     for step, rows in enumerate(bar, done + 1):
         learning_rate = optimizer.param_groups[0]["lr"]
@@ -151,8 +150,7 @@ class ResponseModel(torch.nn.Module):
 
 def collate(examples, device):
     """A batch of rows [prompt | response], padded right by zeros: input_ids and segments, (B, T) each. The
-    prompt's last token belongs to segment 1: it predicts the response's first token (losses.response_logps).
-    """
+    prompt's last token belongs to segment 1: it predicts the response's first token. See losses.py."""
     shape = len(examples), max(sum(map(len, example)) for example in examples)
     input_ids, segments = np.zeros(shape, int), np.full(shape, -1)
     for i, (prompt, response) in enumerate(examples):
@@ -189,15 +187,7 @@ def mean_nll(model, examples, args):
     return total / examples.lengths[:, 1].sum()
 
 
-def response_key(path):
-    """The key of a file's responses, by its first row: `chosen`, `label` or `response`."""
-    with reading(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
-        row = json.loads(file.readline())
-        return next((key for key in ("chosen", "label", "response") if key in row), "chosen")
-
-
 # ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
-
 
 class Rows:
     """Token ids of a JSONL file's rows that fit in max_length. They lie in a temporary file, so that memory
@@ -206,10 +196,10 @@ class Rows:
 
     def __init__(self, path, keys, tokenizer, max_length, limit=0):
         number, lines, lengths, ids = 0, [], [], tempfile.TemporaryFile()
-        with reading(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
+        with or_fail(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
             bar = tqdm(islice(file, limit or None), "tokenising", unit=" rows", disable=dist.get_rank() > 0)
             for number, line in enumerate(bar, 1):
-                with reading(f"{path}, line {number}", f"write an object with prompt, {', '.join(keys)}"):
+                with or_fail(f"{path}, line {number}", f"write an object with prompt, {', '.join(keys)}"):
                     row = json.loads(line)
                     texts = [encode_prompt(tokenizer, row["prompt"])]
                     texts += [encode_response(tokenizer, row[key]) for key in keys]
@@ -263,7 +253,7 @@ def plan_steps(row_tokens, args):
 def make_engine(model, optimizer, schedule, args):
     """DeepSpeed's engine by --deepspeed_config, with this run's batch sizes and dtype. One CPU process runs
     without ZeRO: it has nothing to share out, and ZeRO would copy weights and gradients."""
-    with reading("--deepspeed_config", "take the ds_config.json here"), open(args.deepspeed_config) as file:
+    with or_fail("--deepspeed_config", "take the ds_config.json here"), open(args.deepspeed_config) as file:
         config = json.load(file)
         stage, clipping = config["zero_optimization"]["stage"], float(config.get("gradient_clipping", 0))
         assert stage in (0, 1, 2) and clipping >= 0, "take ZeRO stage 0, 1 or 2, and clipping of 0 or more"
@@ -295,7 +285,7 @@ def start_run(engine, args):
         fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
              f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
     if args.resume:
-        with reading(f"--resume: {folder}", "unless memory ran out, delete it and start anew"):
+        with or_fail(f"--resume: {folder}", "unless memory ran out, delete it and start anew"):
             state = torch.load(f"{folder}/state.pt", weights_only=True)
             for name, value in run.items():
                 before = state["run"].get(name)
@@ -308,8 +298,9 @@ def start_run(engine, args):
             engine.load_checkpoint(folder, step)
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
-        with open(f"{args.out}/args.json", "w") as file:
+        with open(f"{args.out}/partial.json", "w") as file:
             json.dump(run, file, indent=2)
+        os.replace(f"{args.out}/partial.json", f"{args.out}/args.json")
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.truncate(min(state["log_size"], file.tell()))
         print(f"{args.out}: from step {state['step']}")
@@ -336,7 +327,7 @@ def log(args, step, window, prefix="", **figures):
 def save_checkpoint(engine, args, state):
     """Writes <out>/checkpoint/step<k>, then state.pt, which names that step, and deletes the steps before."""
     folder, step = f"{args.out}/checkpoint", f"step{state['step']}"
-    with reading(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
+    with or_fail(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
         engine.save_checkpoint(folder, step, save_latest=False)
         if dist.get_rank() == 0:
             state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
@@ -352,7 +343,7 @@ def save_model(lm, tokenizer, folder):
         fail(f"{folder}: the weights are not finite and are not saved; lower --learning_rate")
     if dist.get_rank() == 0:
         partial = f"{folder}/partial"
-        with reading(partial, "make room, then go on with --resume"):
+        with or_fail(partial, "make room, then go on with --resume"):
             lm.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         for name in set(glob("*.safetensors*", root_dir=folder)) - set(os.listdir(partial)):
@@ -376,7 +367,7 @@ def fail(message):
 
 
 @contextmanager
-def reading(what, mend, errors=Exception):
+def or_fail(what, mend, errors=Exception):
     """Turns an error inside into one line for the user: libraries raise anything where a file is damaged."""
     try:
         yield
@@ -423,13 +414,12 @@ def init_process(args):
 
 def load_model(folder):
     """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), SDPA attention, no dropout."""
-    with reading(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
+    with or_fail(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
         config = AutoConfig.from_pretrained(folder)
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):  # OPT's is functional: only the config ends it
-                setattr(config, name, 0.0)
+        dropouts = [name for name, p in config.to_dict().items() if "drop" in name and isinstance(p, float)]
+        config.update(dict.fromkeys(dropouts, 0.0))  # OPT's is functional: only the config ends it
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
@@ -464,5 +454,5 @@ def encode_response(tokenizer, response):
 
 
 if __name__ == "__main__":
-    with reading("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
+    with or_fail("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
         main()

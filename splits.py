@@ -1,5 +1,4 @@
-"""
-Turns raw preference sets into data/{all,hc_he,lc_le}/{train,validation}.jsonl and prints the paper's Table 5.
+"""Turns raw preference sets into data/{all,hc_he,lc_le}/{train,validation}.jsonl, and prints Table 5.
 Turns SFT sets into data/sft/{train,validation}.jsonl, and prompt sets into data/prompts/NAME.jsonl.
 
     python splits.py --dataset openai/summarize_from_feedback CarperAI/openai_summarize_tldr
@@ -444,8 +443,6 @@ def preference_splits(train, held, validation):
     print()
     return files
 
-
-# ---- copies: the stages share these to the letter
 
 def fail(message):
     """Ends the program on bad input: one line on stderr, exit status 2."""

@@ -145,6 +145,16 @@ def test_reference_is_an_opponent(tmp_path):
     assert held["notes"][0].startswith("us against reference: 1 of 3 responses")
 
 
+def test_a_reference_meets_the_response_of_its_own_row(tmp_path):
+    rows = [row("us", "p", domain=domain, reference="r") for domain in ("posts", "articles")]
+    data, rewards = write(tmp_path / "g.jsonl", rows, [[1.0, 2.0]], reference=[[0.0, 3.0]])
+    figures, held = run(tmp_path, "--generations", data, "--rewards", rewards, "--against", "reference",
+                        "--group_by", "domain")
+    for domain, difference in ("posts", 1.0), ("articles", -1.0):
+        assert figures["us", "reference", f"domain {domain}", 0.5]["reward_difference"] == difference
+    assert not [note for note in held["notes"] if "left out" in note]
+
+
 def test_reward_function(tmp_path, capsys):
     code = tmp_path / "mine.py"
     code.write_text("def reward(row):\n    return len(row['response'].split()) - (not row['eos'])\n"
@@ -518,6 +528,9 @@ def test_bad_annotations_and_outputs(tmp_path, capsys):
         assert "a.json: cannot use it" in refused(capsys, tmp_path, "--annotations", tmp_path / "a.json")
     data, _ = write(tmp_path / "g.jsonl", [row("us", "p", temperature=t) for t in (0.2, 0.9)])
     assert "one --temperature" in refused(capsys, tmp_path, "--generations", data, "--alpaca_eval")
+    data, _ = write(tmp_path / "r.jsonl", [row("us", "p", reference="r")])
+    evaluate.main(["--generations", data, "--alpaca_eval", "--against", "reference", "--out", str(tmp_path)])
+    assert len(json.loads((tmp_path / "us_outputs.json").read_text())) == 1
 
 
 # tests/PAPER.md

@@ -138,3 +138,16 @@ def test_a_model_that_ignores_the_mask_is_refused(models, capsys):
     finally:
         del base.forward
     assert exit.value.code == 2 and "in the row of a pair" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chosen, rejected", [(30, 5), (5, 30)])
+def test_a_window_shorter_than_a_pair_is_refused(chosen, rejected, capsys):
+    torch.manual_seed(0)
+    config = Phi3Config(**SHAPE, intermediate_size=32, eos_token_id=2, bos_token_id=3, sliding_window=20)
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
+    for parameter in lm.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    rows = Rows([[np.arange(n, dtype=np.int32) for n in (10, chosen, rejected)]])
+    with pytest.raises(SystemExit):
+        align.check_layout(lm, rows, Namespace(model="folder"))
+    assert "in the row of a pair" in capsys.readouterr().err
