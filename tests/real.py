@@ -57,12 +57,12 @@ def cell(labels=0.0, split="all", oracle="learned", pairs=800, steps=16, methods
 
 CELLS = {
     "clean_all": cell(),
-    "bradley_terry": cell("bt"),
+    "bradley_terry": cell("bt", methods=DIAL),
     "noisy_all": cell(0.4, methods=DIAL),
     **{f"noisy_all_{who}": cell(0.4, "all", who, methods=DIAL) for who in ("truth", "four_times")},
     "noisy_lc_le": cell(0.4, "lc_le"),
     "noisy_lc_le_truth": cell(0.4, "lc_le", "truth", methods=DIAL),
-    "noisy_4_epochs": cell(0.4, "lc_le", steps=48)}
+    "noisy_4_epochs": cell(0.4, "lc_le", steps=48, methods=[*DIAL, "DRDO (head)"])}
 SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [0, 1, 2], [90], ["clean_all"]
 PROMPTS, SAMPLES, TEST = 160, 4, 64  # training prompts of a seed, responses to each; test prompts a domain
 TOKENS = 40  # of an answer at most
