@@ -378,8 +378,8 @@ def read(home, cell, method, setting=None):
 
 def judge(cell, homes):
     """{method: its figures in a cell}, of the policies that are there. [mean, low, high] of what read()
-    gives, and of win rates: "<opponent>" by the truth, "<opponent>/new" on new topics, "<opponent>/once" with
-    each word once, "<opponent>/oracle" by the Oracle. "by_seed": KL and reward of the samples."""
+    gives, and of win rates: "<opponent>" by the truth, "<opponent>/new" on new topics, "<opponent>/oracle" by
+    the Oracle. "by_seed": KL and reward of the samples."""
     figures, policies = {}, {method: {home: policy for home in homes if (policy := read(home, cell, method))}
                              for method in ["start", *cell["methods"]]}
     policies = {method: by_home for method, by_home in policies.items() if by_home}
@@ -391,7 +391,7 @@ def judge(cell, homes):
             if other != method and both:
                 rates = {other: [wins(a, b) for a, b in both],
                          f"{other}/new": [wins(a, b)[a["new"]] for a, b in both],
-                         **{f"{other}/{by}": [wins(a, b, by) for a, b in both] for by in ("once", "oracle")}}
+                         f"{other}/oracle": [wins(a, b, "oracle") for a, b in both]}
                 row |= {name: np.clip(interval(rate), 0, 1).tolist() for name, rate in rates.items()}
         for name in ("true", "once", "tokens", "eos", "distinct", "perplexity", "kl", "sampled"):
             row[name] = interval([policy[name] for policy in ours.values()])
@@ -438,7 +438,7 @@ def report(out, results):
         print("By seed: the Oracle is right on held-out pairs, on the policies' pairs; std of differences:",
               "; ".join("{:.2f}, {:.2f}, {:.2f}".format(*row) for row in figures["start"]["oracle"]), "\n")
         rates = {f"against {other}": other for other in OPPONENTS if other in figures} | {
-            "new topics": "start/new", "each word once": "start/once", "by the Oracle": "start/oracle"}
+            "new topics": "start/new", "by the Oracle": "start/oracle"}
         print_title("method", "seeds", *rates, *means)
         for method, row in figures.items():
             print_row(method, ", ".join(row["seeds"]),
