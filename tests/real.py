@@ -396,7 +396,8 @@ def judge(cell, homes):
         for name in ("true", "once", "tokens", "eos", "distinct", "perplexity", "kl", "sampled"):
             row[name] = interval([policy[name] for policy in ours.values()])
     if "start" in figures:
-        figures["start"]["oracle"] = [oracle_right(home, cell) for home in policies["start"]]
+        taught = [home for home in policies["start"] if os.path.exists(places(home, cell)[2])]
+        figures["start"]["oracle"] = [oracle_right(home, cell) for home in taught]
     return figures
 
 
