@@ -20,6 +20,7 @@ text says (their Table 6 makes 96). Prompts are not cut at 512 tokens; pairs ove
 Biases and norms are not decayed. Dropout is off. tests/PAPER.md lists every choice that the paper leaves.
 """
 import argparse
+import copyreg
 import hashlib
 import json
 import math
@@ -37,6 +38,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
@@ -485,6 +487,8 @@ def log(args, step, window, prefix="", **figures):
 def save_checkpoint(engine, args, state):
     """Writes <out>/checkpoint/step<k>, then state.pt, which names that step, and deletes the steps before."""
     folder, step = f"{args.out}/checkpoint", f"step{state['step']}"
+    # Python 3.11.2 would pickle DeepSpeed's enum by getattr, and --resume refuses that as code
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
     with or_fail(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
         engine.save_checkpoint(folder, step, save_latest=False)
         if dist.get_rank() == 0:

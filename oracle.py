@@ -18,6 +18,7 @@ Where the paper leaves a choice: the LM term log(y_w) is summed over the respons
 it (--lm_term mean averages it). The model starts from the SFT policy. The head is drawn from N(0, 1/(H+1)).
 """
 import argparse
+import copyreg
 import hashlib
 import json
 import math
@@ -35,6 +36,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -403,6 +405,8 @@ def log(args, step, window, prefix="", **figures):
 def save_checkpoint(engine, args, state):
     """Writes <out>/checkpoint/step<k>, then state.pt, which names that step, and deletes the steps before."""
     folder, step = f"{args.out}/checkpoint", f"step{state['step']}"
+    # Python 3.11.2 would pickle DeepSpeed's enum by getattr, and --resume refuses that as code
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
     with or_fail(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
         engine.save_checkpoint(folder, step, save_latest=False)
         if dist.get_rank() == 0:

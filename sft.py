@@ -11,6 +11,7 @@ The loss is the mean negative log-likelihood of the step's response tokens, EOS 
 Rows are padded right: under a causal mask no token sees padding, and no mask is needed.
 """
 import argparse
+import copyreg
 import hashlib
 import json
 import math
@@ -28,6 +29,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -327,6 +329,8 @@ def log(args, step, window, prefix="", **figures):
 def save_checkpoint(engine, args, state):
     """Writes <out>/checkpoint/step<k>, then state.pt, which names that step, and deletes the steps before."""
     folder, step = f"{args.out}/checkpoint", f"step{state['step']}"
+    # Python 3.11.2 would pickle DeepSpeed's enum by getattr, and --resume refuses that as code
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
     with or_fail(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
         engine.save_checkpoint(folder, step, save_latest=False)
         if dist.get_rank() == 0:
