@@ -12,8 +12,8 @@ The way of one pair: Rows (encode_prompt, encode_response) -> PairModel (collate
 response_logps, last_token_rewards) -> loss_and_metrics (calls losses.py) -> engine.backward and step.
 
 Only the policy is in memory: precompute_rewards.py has computed the Oracle's rewards. The reference of DPO,
-e-DPO and IPO is the policy before its first step: its log-probs are taken once. DRDO needs none, but for its
-reading log_ratio.
+e-DPO and IPO is the policy before its first step: its log-probs are taken once. DRDO needs one for
+--student_rewards log_ratio alone.
 
 Where this departs from the paper: AdamW is torch's (theirs is partly paged). A step takes 64 pairs, as their
 text says (their Table 6 makes 96). Prompts are not cut at 512 tokens; pairs over --max_length are dropped.
@@ -220,7 +220,7 @@ def loss_and_metrics(args, logps, rewards, reference, oracle, response_tokens):
         elif args.student_rewards == "logps":
             student_w, student_l = args.beta * logps_w, args.beta * logps_l
         z_w, z_l = (logps if args.p_w == "sum" else logps / response_tokens).unbind(1)
-        # p_w = sigma(logits), for sums about 0 or 1 in most pairs: see contrastive_loss in losses.py
+        # p_w = sigma(logits). Of summed log-probs it is near 0 or 1 in most pairs: see contrastive_loss
         logits = (z_w - z_l).detach() if args.detach_focal else z_w - z_l
         distillation = distillation_loss(student_w, student_l, oracle_w, oracle_l)
         contrastive = args.alpha * contrastive_loss(logps_w, logps_l, args.gamma, logits)
