@@ -2,14 +2,15 @@
 
 A cell is a set of preference pairs, an Oracle and a number of steps. It trains several methods. Each seed has
 its own posts, labels, prompts and base LM. Stages run in forked processes: imports are paid for once. What is
-there does not run again. A tie counts half a win. Intervals are 95%, by Student's t over the seeds' means.
+there does not run again. A tie counts half a win. Intervals are 95%: Student's t over the seeds' means, or
+over the prompts of a single seed.
 
     python tests/lab.py              # the whole study: hours; its bar estimates how many
     python tests/lab.py --seeds 20 21 --cells clean_all noisy_lc_le --methods "DPO" "DRDO (head)"
     python tests/lab.py --choose     # learning rates and betas, on seeds that are not reported
     python tests/lab.py --terms      # gradients of Eq. 6's terms, at policies that are there
 
-Out: out/lab/seed<k>/, out/lab/results.json and degeneration.png; the tables on stdout.
+Out: out/lab/seed<k>/, out/lab/results.json (of the last call) and degeneration.png; the tables on stdout.
 """
 import argparse
 import hashlib
@@ -91,9 +92,10 @@ VARIANTS = [*ABLATION, *list(METHODS)[len(HEADLINE):]]
 
 def cell(flip=0.0, split="all", oracle="learned", pairs=6000, winners="any", steps=100, methods=HEADLINE,
          temperatures=False, labels="own"):
-    """flip: the share of flipped labels. winners: keep pairs whose winner is shorter, equal or longer.
-    temperatures: sample at 0.2, 0.5 and 0.9 too, and let the Oracle judge beside the true reward. labels: the
-    pairs' own, or the "oracle"'s order."""
+    """flip: the share of flipped labels. oracle: "learned" from the same labels, from "others", or the "true"
+    reward; "larger", "gpt_neox": another model, from three times the pairs. winners: keep pairs whose winner
+    is shorter, equal or longer. temperatures: sample at 0.2, 0.5 and 0.9 too, and let the Oracle judge
+    beside the true reward. labels: the pairs' own, or the "oracle"'s order."""
     return locals()
 
 
@@ -116,15 +118,15 @@ SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [20, 21, 22, 23, 24], [90, 91], ["clean_
 SHARED = {"eval_data": "", "save_steps": 0, "warmup_steps": 10}  # flags of sft.py, oracle.py and align.py
 DOMAINS = {"test": "posts", "articles": "articles"}
 TEMPERATURES = 0.2, 0.5, 0.9  # beside 0.7
-OTHER_MODELS = {"larger": {"layers": 3}, "gpt_neox": {"family": "gpt_neox"}}  # than the student, and wider
+OTHER_MODELS = {"larger": {"layers": 3}, "gpt_neox": {"family": "gpt_neox"}}  # toy.py's flags, beside a width
 OPPONENTS = ["SFT", "DPO", "e-DPO", "e-DPO (Oracle)"]
 
 
 def parse_args():
-    formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--out", type=os.path.abspath, default="out/lab", help="folder to write")
+    flag("--out", type=os.path.abspath, default="out/lab", help="folder to write (default: %(default)s)")
     flag("--choose", action="store_true", help=f"try all settings (default seeds: {CHOOSING_SEEDS})")
     flag("--terms", action="store_true", help="print the sizes of Eq. 6's terms at policies that are there")
     flag("--seeds", type=int, nargs="+", help=f"each its own data and base LM (default: {SEEDS})")
@@ -132,7 +134,7 @@ def parse_args():
          help=f"of {', '.join(CELLS)} (default: all; with --terms clean_all)")
     flag("--methods", nargs="+", choices=METHODS, metavar="METHOD",
          help=f"only these (default: all), each in quotes: {'; '.join(METHODS)}")
-    flag("--workers", type=int, default=2, help="seeds at a time, a thread each")
+    flag("--workers", type=int, default=2, help="seeds at a time, a thread each (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -141,12 +143,14 @@ def main():
     wanted, seeds = args.methods or METHODS, args.seeds or (CHOOSING_SEEDS if args.choose else SEEDS)
     homes = [f"{args.out}/seed{seed}" for seed in seeds]
     if args.choose:
-        return choose(seeds, homes, args.workers, [name for name in HEADLINE if name in wanted])
+        methods = [name for name in HEADLINE if name in wanted]
+        if args.cells or not methods:
+            fail("--choose: it has its own cells; omit --cells, and name --methods without an extra flag")
+        return choose(seeds, homes, args.workers, methods)
     if args.terms:
         return [terms(name, seeds, homes) for name in args.cells or ["clean_all"]]
-    cells = {name: CELLS[name] | {"methods": [m for m in CELLS[name]["methods"] if m in wanted]}
-             for name in args.cells or CELLS}
-    cells = {name: cell for name, cell in cells.items() if cell["methods"]}
+    cells = {name: CELLS[name] | {"methods": methods} for name in args.cells or CELLS
+             if (methods := [m for m in CELLS[name]["methods"] if m in wanted])}
     if not cells:
         fail("--methods: --cells trains none of them; name another cell")
     train(seeds, homes, cells, args.workers, {name: [setting] for name, (_, _, setting) in METHODS.items()})
@@ -262,7 +266,8 @@ def save_truth(data, out, reward=lambda row, key: toy.true_reward({**row, "respo
     """Writes the true rewards of a preference file, in the format of precompute_rewards.py."""
     rows, sha256 = read_rows(data), hashlib.sha256(Path(data).read_bytes()).hexdigest()
     truth = {key: torch.tensor([[reward(row, key) for row in rows]]) for key in ("chosen", "rejected")}
-    torch.save({**truth, "oracles": ["truth"], "data_sha256": sha256}, out)
+    torch.save({**truth, "oracles": ["truth"], "data_sha256": sha256}, f"{out}.partial")
+    os.replace(f"{out}.partial", out)
 
 
 def train_policy(seed, home, cell, method, setting, rewards):
@@ -299,7 +304,7 @@ def sample(seed, home, folder, temperatures=(0.7,), name="generations"):
 
 def stage(script, out, done="", *extra, **flags):
     """Runs a script's main with --out and these flags in a forked process, unless out + done is there.
-    What it prints is in <out>.log. Raises where it fails."""
+    What it prints is in <out>.log. Ends the program where it fails."""
     if os.path.exists(out + done):
         return
     os.makedirs(os.path.dirname(out), exist_ok=True)
@@ -326,15 +331,16 @@ def stage(script, out, done="", *extra, **flags):
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"{script.__name__}.py failed; see {out}.log")
+        fail(f"{script.__name__}.py failed; see {out}.log")
 
 
 # ---- verdicts ----------------------------------------------------------------------------------------------
 
 def judge(cell, homes):
     """{method: its figures in a cell}. Win rates, [mean, low, high]: "<opponent>/<domain>" by the truth,
-    "T=0.2/<domain>" against SFT at another temperature, "oracle/<domain>" against SFT by the Oracle. Means of
-    "true", "tokens", "eos" and of the last "logps". SFT's row has how often the Oracle is right, its stds."""
+    "T=0.2/<domain>" against SFT at another temperature, "oracle/<domain>" against SFT by the Oracle. The
+    same of "true", "tokens", "eos"; the mean of the last "logps". SFT's row has how often the Oracle is
+    right, its stds."""
     texts, figures = {method: read(homes, cell, method) for method in ["SFT", *cell["methods"]]}, {}
     for method, ours in texts.items():
         row = figures[method] = {"seeds": len(homes)}
@@ -394,12 +400,13 @@ def wins(ours, theirs, judge="true"):
 
 
 def interval(by_seed):
-    """Mean and 95% interval of values by seed, arrays over prompts: Student's t of the seeds' means.
-    (A bootstrap of five seeds is too narrow by a third.) One seed has no interval."""
-    means, n = np.array([values.mean() for values in by_seed]), len(by_seed)
+    """[mean, low, high] of arrays over prompts, one a seed. The interval is 95%: Student's t of the seeds'
+    means; of one seed, over its prompts. (A bootstrap of five seeds is too narrow by a third.)"""
+    values = np.array([values.mean() for values in by_seed]) if len(by_seed) > 1 else by_seed[0]
+    mean, n = float(values.mean()), len(values)
     student_t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5%
-    half = student_t.get(n, 2.0) * means.std(ddof=1) / n ** 0.5 if n > 1 else np.nan
-    return [float(means.mean()), float(means.mean() - half), float(means.mean() + half)]
+    half = student_t.get(n, 2.23 if n < 30 else 1.96) * values.std(ddof=1) / n ** 0.5 if n > 1 else np.nan
+    return [mean, float(mean - half), float(mean + half)]
 
 
 def teacher(cell, home):
@@ -434,8 +441,7 @@ def report(out, results):
             print_title("method", "T = 0.2", "0.5", "0.7", "0.9")
             for method, row in list(figures.items())[1:]:
                 print_row(method, *(show(row, name, "{:.2f}") for name in ("T=0.2", "T=0.5", "SFT", "T=0.9")))
-    Path(f"{out}/results.json.partial").write_text(json.dumps(results, indent=1))
-    os.replace(f"{out}/results.json.partial", f"{out}/results.json")
+    toy.write_jsonl(f"{out}/results.json", [results])
     print(f"\nwrote {out}/results.json")
 
 

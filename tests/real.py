@@ -3,8 +3,8 @@
 The task is controlled sentiment, as in the DPO paper (arXiv 2305.18290, section 6.1). The responses are the
 LM's own samples. The true reward of an answer is a program: the sentiment that vaderSentiment reads in it, -1
 to 1. So labels and Oracles can be as good or as bad as we like. What is already there does not run again.
-A tie counts half a win. Intervals are 95%, by Student's t over the seeds' means, of win rates within 0 and 1;
-of one seed, over prompts.
+A tie counts half a win. Intervals are 95%: Student's t over the seeds' means, or over the prompts of a single
+seed. Those of win rates end at 0 and 1.
 
     pip install vaderSentiment==3.3.2
     python tests/real.py --model SmolLM2-135M-Instruct    # a folder or a hub name; hours; its bar estimates
@@ -12,7 +12,7 @@ of one seed, over prompts.
     python tests/real.py --model FOLDER --choose          # learning rates and betas, on a seed not reported
     python tests/real.py --report --picture frontier.png  # what is there; trains nothing
 
-Out: out/real/seed<k>/ and out/real/results.json; the tables on stdout.
+Out: out/real/seed<k>/ and out/real/results.json (of the last call); the tables on stdout.
 """
 import argparse
 import itertools
@@ -20,9 +20,10 @@ import math
 import os
 import random
 import re
-import resource
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 import lab  # it says where the stages are
 from lab import align, generate, oracle, precompute_rewards, sft, splits
-from lab import print_row, print_settings, print_title, read_rows, save_truth, stage
+from lab import interval, print_row, print_settings, print_title, read_rows, save_truth, stage
 from toy import fail, write_jsonl
 
 # ---- the study ---------------------------------------------------------------------------------------------
@@ -68,8 +69,10 @@ PROMPTS, SAMPLES, TEST = 160, 4, 64  # training prompts of a seed, responses to 
 TOKENS = 40  # of an answer at most
 ORACLE_STEPS = 40  # four times as many for four times the pairs
 BT_SCALE = 4  # Bradley-Terry: P(the better one wins) = sigma(4 x gap of the true rewards)
-SHARED = {"eval_data": "", "save_steps": 0, "batch_size": 16, "micro_batch_size": 16, "dtype": "auto"}
+SHARED = {"eval_data": "", "save_steps": 0, "batch_size": 16, "micro_batch_size": 16,
+          "dtype": "auto"}  # bf16 where the processor has it; stage() samples in fp32
 OPPONENTS = ["start", "DPO", "e-DPO (Oracle)"]
+PICTURE = {"clean_all": "clean labels, D_all", "noisy_lc_le": "40% of the labels flipped"}
 
 SYSTEM = "Answer briefly."  # the system message: shorter than the one in SmolLM2's chat template
 TEMPLATES = """Write a short review of {}.|How did it go with {}? Answer briefly.|What do you think about {}?
@@ -100,24 +103,29 @@ elevator, the boat trip, the apple pie, a late train, the gym membership"""
 
 
 def parse_args():
-    formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
-    flag = parser.add_argument
-    flag("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the start: a folder or a hub name")
-    flag("--out", type=os.path.abspath, default="out/real", help="folder to write")
-    flag("--choose", action="store_true", help=f"try all settings (default seeds: {CHOOSING_SEEDS})")
-    flag("--report", action="store_true", help="train nothing: the tables of what is there")
-    flag("--picture", metavar="PNG", help="draw reward over KL, if clean_all and noisy_lc_le are there")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    flag("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct",
+         help="the start: a folder or a hub name (default: %(default)s)")
+    flag("--out", type=os.path.abspath, default="out/real",
+         help="folder to write; give each --model its own (default: %(default)s)")
+    either("--choose", action="store_true", help=f"try all settings (default seeds: {CHOOSING_SEEDS})")
+    either("--report", action="store_true", help="train nothing: the tables of what is there")
+    flag("--picture", metavar="PNG", help="draw reward over KL of clean_all and noisy_lc_le")
     flag("--seeds", type=int, nargs="+", help=f"each its own prompts, samples and labels (default: {SEEDS})")
     flag("--cells", nargs="+", choices=CELLS, metavar="CELL", help=f"of {', '.join(CELLS)} (default: all)")
     flag("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS),
          help=f"only these (default: all), each in quotes: {'; '.join(METHODS)}")
-    flag("--workers", type=int, default=1, help="seeds at a time, a thread and about 4 GB each")
+    flag("--workers", type=int, default=1,
+         help="seeds at a time, a thread and about 4 GB each (default: %(default)s)")
     args = parser.parse_args()
     if os.path.isdir(args.model):
         args.model = os.path.abspath(args.model)  # the stages run in another folder
     args.seeds = args.seeds or (CHOOSING_SEEDS if args.choose else SEEDS)
     args.cells = args.cells or (CHOOSING_CELLS if args.choose else CELLS)
+    if args.picture and not set(PICTURE) <= set(args.cells):
+        fail(f"--picture: it draws {' and '.join(PICTURE)}; name both in --cells")
     args.homes = [f"{args.out}/seed{seed}" for seed in args.seeds]
     return args
 
@@ -125,9 +133,9 @@ def parse_args():
 def main():
     args = parse_args()
     true_reward("")  # says now if it is missing
-    cells = {name: CELLS[name] | {"methods": [m for m in CELLS[name]["methods"] if m in args.methods]}
-             for name in args.cells}
-    if not any(cell["methods"] for cell in cells.values()):
+    cells = {name: CELLS[name] | {"methods": methods} for name in args.cells if (methods := [
+        m for m in (METHODS if args.choose else CELLS[name]["methods"]) if m in args.methods])}
+    if not cells:
         fail("--methods: --cells trains none of them; name another cell")
     if args.choose:
         return choose(args, cells)
@@ -135,6 +143,8 @@ def main():
         train(args, cells, {name: [setting] for name, setting in METHODS.items()})
     results = {name: judge(cell, args.homes) for name, cell in tqdm(cells.items(), "judging")}
     results = {name: figures for name, figures in results.items() if len(figures) > 1}
+    if not results:
+        fail(f"{args.out}: it has none of these policies; train them, without --report")
     report(args.out, results)
     if args.picture:
         draw_frontier(args.picture, results)
@@ -144,17 +154,15 @@ def main():
 
 def train(args, cells, settings):
     """Trains and samples each cell's methods for every seed, with each of settings, {method: [flags]}."""
-    done = []
-
     def one(seed, home):
         prepare(seed, home, args.model)
         for cell in cells.values():
             rewards = teach(seed, home, cell, args.model)
             for method, setting in [(m, s) for m in cell["methods"] for s in settings[m]]:
-                done.append(train_policy(seed, home, cell, method, setting, rewards, args))
-                used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-                bar.set_postfix_str(f"{used / max(1, sum(done)):.0f} CPU seconds each")
-                bar.update()
+                if train_policy(seed, home, cell, method, setting, rewards, args):
+                    bar.update()
+                else:  # it was there: the bar estimates the others
+                    bar.total -= 1
 
     total = len(args.seeds) * sum(len(settings[m]) for cell in cells.values() for m in cell["methods"])
     with tqdm(total=total, desc="policies", smoothing=0) as bar, ThreadPoolExecutor(args.workers) as pool:
@@ -205,9 +213,10 @@ def teach(seed, home, cell, model):
         more, *_ = places(home, larger)
         teacher = reward_model(more, max_steps=4 * ORACLE_STEPS)
         score(teacher, f"{more}/data/all/validation.jsonl", f"{more}/validation.pt")
-    if cell["oracle"] == "truth":
+    if cell["oracle"] != "truth":
+        score(teacher, data, rewards)
+    elif not os.path.exists(rewards):
         save_truth(data, rewards, lambda row, key: row[f"{key}_reward"])
-    score(teacher, data, rewards)
     if "e-DPO" in cell["methods"] and not os.path.exists(ensemble):
         members = [reward_model(world, f"reward_model_{k}", alpha=0, seed=seed + 1000 * k) for k in (1, 2, 3)]
         score(members, data, ensemble)
@@ -232,7 +241,7 @@ def make_pairs(seed, home, cell, model):
         samples = [sum((read_rows(f"{home}/samples/{name}_{k}.jsonl") for name in names), [])
                    for k in range(SAMPLES)]
         write_jsonl(f"{world}/pairs.jsonl", label(samples, cell["labels"], cell["pairs"], seed))
-    stage(splits, f"{world}/data", "/all/train.jsonl", dataset=f"{world}/pairs.jsonl", seed=seed)
+    stage(splits, f"{world}/data", "/lc_le/train.jsonl", dataset=f"{world}/pairs.jsonl", seed=seed)
 
 
 def label(samples, labels, pairs, seed):
@@ -282,15 +291,15 @@ def policy_folder(home, cell, method, setting=None):
 
 
 def answer(seed, home, out, policy, model, wins_alone=False):
-    """Answers the test prompts at T = 0.7 (generations.jsonl: the wins), half of them at T = 1
-    (samples.jsonl: the KL), without top-p: it sorts the vocabulary, slowly. Then their log-probs."""
+    """Answers the test prompts at T = 0.7 (generations.jsonl: the wins), the first half, known topics, at
+    T = 1 (samples.jsonl: the KL), without top-p: it sorts the vocabulary, slowly. Then their log-probs."""
     for name, temperature, prompts in ("generations", 0.7, 0), ("samples", 1.0, TEST):
         stage(generate, f"{out}/{name}.jsonl", model=policy, prompts=f"{home}/test.jsonl", seed=seed,
               temperature=temperature, top_p=1.0, num_prompts=prompts, max_new_tokens=TOKENS,
               micro_batch_size=64, generator=os.path.basename(out))
         if wins_alone:
             return
-    scores = argparse.Namespace(main=lambda: write_logps(out, policy, model), __name__="logps", __file__="")
+    scores = argparse.Namespace(main=lambda: write_logps(out, policy, model), __name__="real", __file__="")
     stage(scores, f"{out}/logps.json")
 
 
@@ -379,7 +388,7 @@ def read(home, cell, method, setting=None):
 def judge(cell, homes):
     """{method: its figures in a cell}, of the policies that are there. [mean, low, high] of what read()
     gives, and of win rates: "<opponent>" by the truth, "<opponent>/new" on new topics, "<opponent>/oracle" by
-    the Oracle. "by_seed": KL and reward of the samples."""
+    the Oracle of the cell's labels. "by_seed": KL and reward of the samples."""
     figures, policies = {}, {method: {home: policy for home in homes if (policy := read(home, cell, method))}
                              for method in ["start", *cell["methods"]]}
     policies = {method: by_home for method, by_home in policies.items() if by_home}
@@ -404,14 +413,6 @@ def judge(cell, homes):
 def wins(ours, theirs, by="true"):
     """Of each prompt 1, 0.5 or 0: our answer's reward is above, equal to or below theirs."""
     return (np.sign(ours[by] - theirs[by]) + 1) / 2
-
-
-def interval(by_seed):
-    """[mean, low, high] of arrays over prompts, one a seed: lab.interval. Of one seed, over its prompts."""
-    if len(by_seed) > 1 or len(by_seed[0]) < 2:
-        return lab.interval(by_seed)
-    mean, half = by_seed[0].mean(), 1.96 * by_seed[0].std(ddof=1) / len(by_seed[0]) ** 0.5
-    return [float(mean), float(mean - half), float(mean + half)]
 
 
 def oracle_right(home, cell):
@@ -450,20 +451,18 @@ def report(out, results):
     print(f"\nwrote {out}/results.json")
 
 
-def draw_frontier(path, results, cells=("clean_all", "noisy_lc_le")):
+def draw_frontier(path, results):
     """True reward of a policy's own samples over their KL to the start: a dot a seed, a ring their mean."""
-    if not all(name in results for name in cells):
-        fail(f"--picture: {' or '.join(cells)} is not there; train both")
     import matplotlib.pyplot as plt
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", sharey=True)
-    for panel, name, title in zip(panels, cells, ("clean labels, D_all", "40% of the labels flipped")):
-        for i, (method, row) in enumerate(results[name].items()):
-            kl, reward = np.array(row["by_seed"]).T
-            panel.plot(kl, reward, f"C{i}.")
-            panel.plot(kl.mean(), reward.mean(), f"C{i}o", fillstyle="none", markersize=12, label=method)
+    for panel, (name, title) in zip(panels, PICTURE.items()):
+        for method, row in results.get(name, {}).items():
+            color, (kl, reward) = f"C{['start', *METHODS].index(method)}", np.array(row["by_seed"]).T
+            panel.plot(kl, reward, f"{color}.")
+            panel.plot(kl.mean(), reward.mean(), f"{color}o", fillstyle="none", markersize=12, label=method)
         panel.set(title=title, xlabel="KL to the start, nats an answer (T = 1)")
     panels[0].set_ylabel("true reward of an answer (T = 1)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     lab.save(figure, path)
 
 
