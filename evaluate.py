@@ -17,7 +17,7 @@ Our choices:
 - Responses of equal prompt, temperature and group are a pair, several samples of a prompt in file order. The
   higher reward wins, equal ones tie (Table 2). A tie counts as half a win.
 - Intervals are 95% percentile bootstrap intervals over prompts: all pairs of a prompt, of every temperature,
-  are drawn together. If all pairs end alike, the interval has no width: too narrow.
+  are drawn together. If all pairs end alike, or share a prompt, the interval has no width: too narrow.
 - "Normalised" (Figure 3): a mean reward difference, and its interval, are divided by the standard deviation
   (population) of the opponent's rewards in the same pairs.
 - The chat model (Table 1) sees each pair in both orders. Preferred in both is a win, the other in both is a
@@ -144,6 +144,8 @@ def read_responses(args, notes):
     responses, files, by = [], {}, args.group_by
     numbers = ["tokens", "eos", "outcome"]  # of a row, where it has them
     for path in args.generations or args.judge_check or args.annotations:
+        if path in files:
+            fail(f"{path}: it is named twice; name it once")
         for line, kind, row in read_rows(path, args, notes):
             policy, group = row["generator"], "all"
             if by == "folder":
@@ -169,7 +171,7 @@ def read_rows(path, args, notes):
     """Yields (line, kind, row) of each response that is compared. `kind` is its key in the file."""
     if args.generations:
         for line, row in enumerate(read_jsonl(path, "prompt", "response", "generator"), 1):
-            if not isinstance(row.get("temperature"), (int, float)):
+            if not (isinstance(row.get("temperature"), (int, float)) and abs(row["temperature"]) < np.inf):
                 fail(f"{path}, line {line}: no `temperature` number; every row needs one")
             yield line, "response", row
             if "reference" in (args.against or []) and isinstance(row.get("reference"), str):
@@ -189,8 +191,8 @@ def read_rows(path, args, notes):
                 ours = row["preference"] - 1 if row["preference"] else 0.5
                 for number, outcome in (2, ours), (1, 1 - ours):
                     yield line + 1, f"output_{number}", {
-                        "prompt": f"{path}, row {line}", "response": row[f"output_{number}"],
-                        "outcome": outcome, "generator": row[f"generator_{number}"], "temperature": "-"}
+                        "prompt": f"{path}, row {line}", "response": row[f"output_{number}"] + "",
+                        "outcome": outcome, "generator": row[f"generator_{number}"] + "", "temperature": "-"}
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"{path}: cannot use it ({error!r:.100}); name the annotations.json of alpaca_eval")
 
@@ -263,7 +265,8 @@ def read_rewards(paths, files, responses, notes):
                 fail(f"{path}: no `{kind}` rewards of {size} rows; {mend} on rows that carry `{kind}`")
             responses.loc[own.index, "reward"] = held[kind].double().mean(0).numpy()[own["line"] - 1]
     for generator, data in dict.fromkeys(zip(responses["generator"], responses["file"])):
-        path = Path(generator if os.path.isdir(generator) else os.path.dirname(data), "args.json")
+        folder = Path(generator if os.path.isdir(generator) else os.path.dirname(data))
+        path = (folder.parent if re.fullmatch(r"step\d+", folder.name) else folder) / "args.json"
         teachers = json.loads(path.read_text(encoding="utf-8")).get("oracles") if path.exists() else None
         if {*map(os.path.realpath, teachers or [])} & {*map(os.path.realpath, oracles)}:
             notes.append(f"the judge {', '.join(oracles)} taught {generator}: it may favour its pupil")
@@ -287,7 +290,7 @@ def call_reward_fn(spec, responses):
         function = runpy.run_path(path)[name]
         for response in tqdm(responses.itertuples(), "reward_fn", len(responses), unit="row"):
             place = f"it fails on the {response.kind} of {response.file}, line {response.line}"
-            rewards.append(0.0 + function(dict(response.row)))  # a TypeError if it is no number
+            rewards.append(float(0.0 + function(dict(response.row))))  # a TypeError if it is no number
     except Exception as error:
         fail(f"--reward_fn {spec}: {place} ({error!r}); write FILE.py:FUNCTION that returns a number")
     return np.array(rewards, float)
@@ -374,6 +377,7 @@ def ask(args, messages, cache_path, notes):
             with suppress(ValueError, KeyError, TypeError):  # where an earlier run was cut off
                 held = json.loads(line)
                 answers[held["key"]] = held["answer"]
+        answers = {name: answers[name] for name in names.values() if name in answers}  # no other run's
         cache.write("\n" if rest else "")
         missing = [text for text in names if names[text] not in answers]
         print(f"{args.judge}: {len(names)} requests, {len(names) - len(missing)} answered in {cache_path}")
@@ -436,7 +440,7 @@ def compare(pairs):
         record |= {name: value.mean(), name + "_interval": interval.tolist()}
     # the pairs of a prompt count as one cluster; with one pair a prompt this is std / sqrt(n), alpaca_eval's
     sums = np.bincount(prompts, outcomes - outcomes.mean())
-    record["standard_error"] = np.sqrt((sums ** 2).sum() * len(sums) / max(len(sums) - 1, 1)) / len(outcomes)
+    record["standard_error"] = np.sqrt(sums @ sums * len(sums) / (len(sums) - 1 or np.nan)) / len(outcomes)
     rate, interval = length_controlled(outcomes, (pairs["words"] - pairs["words_theirs"]).to_numpy(), prompts)
     record |= {"length_controlled": rate, "length_controlled_interval": interval}
     record |= {name: [pairs[name].mean(), pairs[name + "_theirs"].mean()] for name in ("words", "eos")}
@@ -444,10 +448,10 @@ def compare(pairs):
 
 
 def bootstrap(values, prompts, resamples=2000, seed=0):
-    """95% percentile intervals (M, 2) of the means of values (n, M); whole prompts, ids (n,), are drawn."""
-    _, prompt = np.unique(prompts, return_inverse=True)
-    totals = np.zeros((prompt.max() + 1, values.shape[1] + 1))  # (prompts, M + 1): sums, and last the pairs
-    np.add.at(totals, prompt, np.column_stack([values, np.ones(len(values))]))
+    """95% percentile intervals (M, 2) of the means of values (n, M). Whole prompts are drawn: (n,), each
+    pair's number, from 0."""
+    totals = np.zeros((prompts.max() + 1, values.shape[1] + 1))  # (prompts, M + 1): sums, and last the pairs
+    np.add.at(totals, prompts, np.column_stack([values, np.ones(len(values))]))
     rng = np.random.default_rng(seed)
     draws = np.stack([totals[rng.integers(len(totals), size=len(totals))].sum(0) for _ in range(resamples)])
     return np.percentile(draws[:, :-1] / draws[:, -1:], [2.5, 97.5], axis=0).T
@@ -512,7 +516,7 @@ def report(policies, comparisons, notes):
         table = pd.DataFrame(lines)
         table = table.loc[:, ~table.isin(["all", "-", "- / -"]).all()]  # columns that say nothing
         lines = [list(table), *table.to_numpy().tolist()]
-        widths = [max(map(len, column)) for column in zip(*lines)]
+        widths = [max(2, *map(len, column)) for column in zip(*lines)]
         lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
         lines = [f"| {' | '.join(map(str.rjust, line, widths))} |" for line in lines]
         text += [f"## {title}", "\n".join(lines)]

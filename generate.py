@@ -134,8 +134,7 @@ def generate(model, prompts, temperature, top_p, max_new_tokens, ends):
     """Response ids of a batch of prompts (lists of ids), without EOS, and whether each came to its EOS."""
     width = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
-    lengths = torch.tensor([[len(ids)] for ids in prompts], device=model.device)
-    mask = (torch.arange(width, device=model.device) >= width - lengths).long()  # (B, T), padded left
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
                               pad_token_id=min(ends), do_sample=temperature > 0, **sampling)

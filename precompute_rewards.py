@@ -69,6 +69,7 @@ def main():
     for folder in args.oracle:
         tokenizer, model = load_oracle(folder, device, args.dtype)
         texts, columns = read_texts(args.data, tokenizer)
+        sha256 = hashlib.file_digest(open(args.data, "rb"), "sha256").hexdigest()  # of what was read
         if args.relabel and "chosen" not in columns:
             fail(f"--relabel: {args.data} holds no pairs; give rows with chosen and rejected, in any order")
         max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
@@ -86,7 +87,7 @@ def main():
     if rank == 0:
         if args.relabel:
             relabel(args.data, rewards, args.relabel)
-        sha256 = hashlib.file_digest(open(args.relabel or args.data, "rb"), "sha256").hexdigest()
+            sha256 = hashlib.file_digest(open(args.relabel, "rb"), "sha256").hexdigest()
         with or_fail(f"--out {args.out}.partial", "make room and run again"):
             torch.save(rewards | {"oracles": args.oracle, "data_sha256": sha256}, args.out + ".partial")
         os.replace(args.out + ".partial", args.out)

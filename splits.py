@@ -48,7 +48,7 @@ def parse_args():
              "preference sets must share a schema, as confidences differ in scale")
     add("--prompts", nargs="+", default=[], metavar="FILE_OR_ID",
         help="sets with prompts to answer; of a hub set its test split, where it has one. `reference` is the "
-             "set's answer, of a pair the chosen one")
+             "set's answer, of a pair its `reference`, or the chosen one")
     add = parser.add_argument_group("output (default)").add_argument
     add("--out", default="data", help="folder to write to, with room for all rows twice (%(default)s)")
     add("--validation_fraction", type=float, default=0.1, help="share of the prompts held out (%(default)s)")
@@ -59,7 +59,7 @@ def parse_args():
     args = parser.parse_args()
     if not args.dataset and not args.prompts:
         fail("nothing to do; name sets after --dataset or --prompts")
-    if len(set(map(os.path.normpath, args.dataset))) < len(args.dataset):
+    if len(set(map(os.path.realpath, args.dataset))) < len(args.dataset):
         fail("--dataset: a set is named twice; name it once")
     if not 0 <= args.validation_fraction < 1:
         fail(f"--validation_fraction {args.validation_fraction}: give a share of at least 0 and below 1")
@@ -116,7 +116,8 @@ def main():
             print(f"{kind}: of {len(rows['train']):,} train rows, {len(out):,} held out by prompt, "
                   f"{len(rows['train']) - len(fresh):,} dropped as a validation split has their prompt")
         if not train:
-            fail(f"--dataset: no training rows are left of the {kind}; lower --validation_fraction")
+            fail(f"--dataset: no training rows are left of the {kind}; lower --validation_fraction, or "
+                 "give confidences to the train rows too")
         validation = rows["validation"] or out
         files |= preference_splits(train, out, validation) if rows is pairs else {
             "sft/train.jsonl": train, "sft/validation.jsonl": validation}
@@ -243,8 +244,8 @@ def file_rows(path):
         elif path.endswith((".csv", ".csv.gz")):
             from pyarrow import csv
             # in these columns 12 is a text; in the others it is a number, and nothing is None
-            texts = {column: "string" for columns, _ in SCHEMAS.values() for column in columns.split()
-                     if "rating" not in column}
+            texts = {column: "string" for columns, _ in SCHEMAS.values()
+                     for column in [*columns.split(), "reference"] if "rating" not in column}
             batches = csv.read_csv(  # a block holds the longest row, and decides what is a number
                 path, csv.ReadOptions(block_size=2**26), csv.ParseOptions(newlines_in_values=True),
                 convert_options=csv.ConvertOptions(column_types=texts)).to_batches(1000)
@@ -379,6 +380,8 @@ def clean(row, edit_distance):
     space = " " if isinstance(prompt, str) and not prompt[-1].isspace() else ""
     for key in ("chosen", "rejected", "reference"):
         text = row.get(key) or ""
+        if isinstance(text, list) and len(text) > len(prompt) + 1:
+            return f"with turns in `{key}` that the prompt lacks"
         text = (text[-1]["content"] if isinstance(text, list) else text).strip()
         if text:
             row[key] = space + text

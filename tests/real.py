@@ -46,7 +46,7 @@ METHODS = {
     "DPO": "--learning_rate 1e-4 --beta 0.03", lab.RECOMMENDED: "--learning_rate 1e-4 --beta 0.03",
     "e-DPO (Oracle)": "--learning_rate 1e-4 --beta 0.03", "DRDO (head)": "--learning_rate 1e-4",
     "SFT on winners": "--learning_rate 1e-4", "DPO + NLL": "--learning_rate 1e-4 --beta 0.03",
-    "IPO": "--learning_rate 1e-4 --beta 0.03", "e-DPO": "--learning_rate 1e-4 --beta 0.03"}
+    "IPO": "--learning_rate 5e-5 --beta 0.03", "e-DPO": "--learning_rate 1e-4 --beta 0.03"}
 DIAL = ["DPO", "e-DPO (Oracle)", lab.RECOMMENDED]  # the Oracle's quality and the number of pairs change
 
 

@@ -151,6 +151,8 @@ CASES = {
                                        [f"{ANSWERS}, line 3", "'response'"]),
     "a temperature in words": (JUDGE, {ANSWERS: row(temperature="hot")},
                                [f"{ANSWERS}, line 3", "`temperature`"]),
+    "a temperature of NaN": (JUDGE, {ANSWERS: row(temperature=NAN)}, [f"{ANSWERS}, line 3", "`temperature`"]),
+    "generations named twice": (f"{JUDGE} {ANSWERS}", {}, [f"{ANSWERS}: it is named twice"]),
     "a prompt that is a list of texts": (JUDGE, {ANSWERS: row(prompt=["p"])},
                                          [f"{ANSWERS}, line 3", "TypeError"]),
     "no such key": (f"{JUDGE} --group_by set", {}, ["--group_by set", f"{ANSWERS}, line 1"]),
@@ -179,6 +181,10 @@ CASES = {
     "a number for a raw row": (*split(PAIR + b"7\n"), ["x.jsonl, line 2", "object"]),
     "a raw row without rejected": (*split(PAIR + b'\n{"prompt": "a", "chosen": "b"}\n'),
                                    ["x.jsonl, row 3", "'rejected'"]),
+    "a prompt that lacks turns": (*split(b'{"prompt": "a", "chosen": [{"role": "user", "content": "a"}, '
+                                         b'{"role": "assistant", "content": "b"}, {"role": "user", "content": '
+                                         b'"c"}, {"role": "assistant", "content": "d"}], "rejected": "e"}'),
+                                  ["x.jsonl", "with turns in `chosen` that the prompt lacks"]),
     "a raw response that is no text": (*split(PAIR.replace(b'"c"', b"3")), ["x.jsonl, row 1", "pairs"]),
     "a set without pairs": (*split(b'{"question": "a", "answer": "b"}\n'),
                             ["question answer", "info summaries", "highlights"]),

@@ -96,7 +96,7 @@ def test_figures_by_hand(tmp_path):
     assert summary["us", 0.2]["eos"] == pytest.approx(2 / 3) and summary["us", 0.2]["n"] == 3
     assert held["generations"][ours] == hashlib.sha256(open(ours, "rb").read()).hexdigest()
     table = (tmp_path / "out/evaluation.md").read_text()
-    assert re.search(r"us \| 0\.2 \| 3 \| 2/1/0 \| 0\.833 \[", table) and "0.67 / 1.00" in table
+    assert re.search(r"us \| 0\.2 \|  3 \| 2/1/0 \| 0\.833 \[", table) and "0.67 / 1.00" in table
 
 
 def test_partners_are_of_the_same_prompt_temperature_and_group(tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_interval_agrees_with_the_binomial():
 
 
 def test_interval_agrees_with_every_possible_draw():
-    prompts = np.array([7, 7, 7, 3, 5, 5, 9])  # ids, with 3, 1, 2 and 1 pairs
+    prompts = np.array([2, 2, 2, 0, 1, 1, 3])  # with 3, 1, 2 and 1 pairs
     values = np.array([1, 0.5, 1, 0, 0.5, 1, 0.5])
     exact = []
     for draw in itertools.product(sorted(set(prompts.tolist())), repeat=4):
@@ -438,6 +438,10 @@ def test_a_judge_that_taught_a_policy_is_named(tmp_path, monkeypatch, taught):
     _, held = run(tmp_path, "--generations", "out/drdo/rewards.jsonl")
     notes = [note for note in held["notes"] if "may favour its pupil" in note]
     assert len(notes) == 2 * (taught not in ([], None, ["out/else"]))
+    (tmp_path / "out/drdo/step100").mkdir()  # --keep_steps: the args.json is one folder up
+    write(tmp_path / "out/drdo/step100/rewards.jsonl", rows, [[1.0, 0.0]], oracles=["out/oracle"])
+    _, kept = run(tmp_path, "--generations", "out/drdo/step100/rewards.jsonl")
+    assert [note for note in kept["notes"] if "may favour its pupil" in note] == notes
     assert all(note in (tmp_path / "out/evaluation.md").read_text() for note in notes)
 
 
@@ -523,7 +527,8 @@ def test_annotations_as_the_package_counts_them(tmp_path, capsys):
 
 
 def test_bad_annotations_and_outputs(tmp_path, capsys):
-    for text in ("[{", "[]", '[{"preference": 1}]', '{"a": 1}', json.dumps(annotations("much"))):
+    null = [json.dumps([annotations(1)[0] | {key: None}]) for key in ("output_2", "generator_2")]
+    for text in ("[{", "[]", '[{"preference": 1}]', '{"a": 1}', json.dumps(annotations("much")), *null):
         (tmp_path / "a.json").write_text(text)
         assert "a.json: cannot use it" in refused(capsys, tmp_path, "--annotations", tmp_path / "a.json")
     data, _ = write(tmp_path / "g.jsonl", [row("us", "p", temperature=t) for t in (0.2, 0.9)])

@@ -325,6 +325,7 @@ def test_rows_of_trl(tmp_path):
 def test_csv(tmp_path):
     raw = [{key: row[key] for key in row if key != "mine"} for row in pairs(300, 60)]
     raw[0] |= {"chosen": 'a, "b"\nc', "rejected": "12"}
+    raw = [row | {"reference": str(k)} for k, row in enumerate(raw)]
     run(tmp_path, "--dataset", write(tmp_path / "a.jsonl", raw), "--out", "a")
     run(tmp_path, "--dataset", write(tmp_path / "b.csv", raw), "--out", "b")
     (tmp_path / "c.csv.gz").write_bytes(gzip.compress((tmp_path / "b.csv").read_bytes()))
