@@ -204,6 +204,7 @@ class Rows:
                 with or_fail(f"{path}, line {number}", f"write an object with prompt, {', '.join(keys)}"):
                     row = json.loads(line)
                     texts = [encode_prompt(tokenizer, row["prompt"])]
+                    assert texts[0], "the prompt has no token"
                     texts += [encode_response(tokenizer, row[key]) for key in keys]
                 if len(texts[0]) + max(map(len, texts[1:])) <= max_length:
                     ids.write(np.array(sum(texts, []), np.int32))
@@ -255,7 +256,8 @@ def plan_steps(row_tokens, args):
 def make_engine(model, optimizer, schedule, args):
     """DeepSpeed's engine by --deepspeed_config, with this run's batch sizes and dtype. One CPU process runs
     without ZeRO: it has nothing to share out, and ZeRO would copy weights and gradients."""
-    with or_fail("--deepspeed_config", "take the ds_config.json here"), open(args.deepspeed_config) as file:
+    mend = "unless memory ran out, take the ds_config.json here"
+    with or_fail("--deepspeed_config", mend), open(args.deepspeed_config) as file:
         config = json.load(file)
         stage, clipping = config["zero_optimization"]["stage"], float(config.get("gradient_clipping", 0))
         assert stage in (0, 1, 2) and clipping >= 0, "take ZeRO stage 0, 1 or 2, and clipping of 0 or more"
@@ -296,7 +298,8 @@ def start_run(engine, args):
             step = f"step{state['step']}"
             for path in glob(f"{step}/*.pt", root_dir=folder):  # DeepSpeed would run any code in them
                 names = torch.serialization.get_unsafe_globals_in_checkpoint(f"{folder}/{path}")
-                assert all(name.startswith("deepspeed.") for name in names), f"{path} holds {names}"
+                own = "ZeroStageEnum", "LossScaler", "DynamicLossScaler", "fragment_address"
+                assert all(name.split(".")[-1] in own for name in names), f"{path} holds {names}"
             engine.load_checkpoint(folder, step)
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
@@ -347,11 +350,14 @@ def save_model(lm, tokenizer, folder):
         fail(f"{folder}: the weights are not finite and are not saved; lower --learning_rate")
     if dist.get_rank() == 0:
         partial = f"{folder}/partial"
-        with or_fail(partial, "make room, then go on with --resume"):
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        with or_fail(partial, "make room, then go on with --resume, or start again"):
             lm.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        for name in set(glob("*.safetensors*", root_dir=folder)) - set(os.listdir(partial)):
-            os.remove(f"{folder}/{name}")  # an older run's
+        shutil.rmtree(f"{folder}/additional_chat_templates", ignore_errors=True)  # this and the others: an
+        for name in glob("*.safetensors*", root_dir=folder) + glob("*.jinja", root_dir=folder):  # older run's
+            if name not in os.listdir(partial):
+                os.remove(f"{folder}/{name}")
         for name in os.listdir(partial):
             os.replace(f"{partial}/{name}", f"{folder}/{name}")
         os.rmdir(partial)

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,16 @@ def one_more(old):
     tokenizer = json.loads(old)
     tokenizer["model"]["vocab"]["zebra"] = 999
     return json.dumps(tokenizer).encode()
+
+
+def behind_deepspeed(old):
+    """A file of torch that finds os.mkdir behind DeepSpeed's name."""
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(old)) as before, zipfile.ZipFile(changed, "w") as after:
+        for name in before.namelist():
+            found = b"\x80\x04cdeepspeed.runtime.engine\nos.mkdir\n(X\x10\0\0\0the_code_has_runtR."
+            after.writestr(name, found if name.endswith("/data.pkl") else before.read(name))
+    return changed.getvalue()
 
 
 CODE = pickle.dumps(Code(), protocol=2)  # as torch.save writes
@@ -250,6 +261,8 @@ CASES = {
                                   [POLICY, "whole causal LM"]),
     "a model that scales its logits": (SFT, {CONFIG: settings(model_type="granite", logits_scaling=8.0)},
                                        ["--model out/sft", "own forward"]),
+    "a model that no Oracle can be": (TEACH, {CONFIG: settings(model_type="granite")},
+                                      ["--model out/sft", "sequence classifier"]),
     "a model with its own code": (DPO, {CONFIG: REMOTE, f"{POLICY}/code.py": b"import os; os.mkdir('ran')"},
                                   [POLICY]),
     "more words than embeddings": (DPO, {f"{POLICY}/tokenizer.json": one_more, TRAIN: row(chosen=" zebra")},
@@ -308,6 +321,8 @@ CASES = {
     "a checkpoint without its weights": (RESUME, {STATE: None}, [CHECKPOINT, "start anew"]),
     "a checkpoint cut off": (RESUME, {STATE: lambda old: old[:999]}, [CHECKPOINT, "start anew"]),
     "a checkpoint with code in it": (RESUME, {STATE: CODE}, [CHECKPOINT]),
+    "a checkpoint with code behind DeepSpeed's name": (RESUME, {STATE: behind_deepspeed},
+                                                       [CHECKPOINT, "engine.os.mkdir"]),
 }
 
 # what is odd, and no fault -> (the command, the edits, what is printed)

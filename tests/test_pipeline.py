@@ -181,7 +181,12 @@ def test_drdo_distils_the_oracle(lab, tmp_path):
 def test_the_policy_learns_its_pairs(lab, tmp_path, loss, flags):
     (tmp_path / "partial").mkdir()  # what a run of DRDO left that was killed while it saved
     (tmp_path / "partial/score.safetensors").touch()
+    (tmp_path / "additional_chat_templates").mkdir()  # and what a run of another model left
+    templates = [tmp_path / name for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja")]
+    for template in templates:
+        template.touch()
     run(*align_flags(lab, loss), *flags, "--max_steps", 40, "--out", tmp_path)
+    assert not any(template.exists() for template in templates)
     assert read_log(tmp_path)[-1] < read_log(tmp_path)[0]
     if loss == "dpo":
         assert read_log(tmp_path)[0] == pytest.approx(0.6931472, rel=1e-5)  # log 2: still the reference
