@@ -125,10 +125,6 @@ def pairs(**changes):
     return DPO, {TRAIN: row(**changes)}
 
 
-def split(content, name="x.jsonl"):
-    return f"splits.py --dataset {name}", {name: content}
-
-
 # what is wrong -> (the command, {file: bytes, JSON, or the edit of it}, words of the one line)
 CASES = {
     # ---- JSONL, by the stages
@@ -175,43 +171,6 @@ CASES = {
     "a folder for a file": (f"{DPO} --data data", {}, ["data", "directory"]),
     "a template that refuses": (DPO, {f"{POLICY}/chat_template.jinja": b"{{ raise_exception('no such') }}"},
                                 [f"{TRAIN}, line 1", "no such"]),
-    # ---- raw sets
-    "gzip under a plain name, raw": (*split(gzip.compress(PAIR)), ["x.jsonl", "UTF-8"]),
-    "a name of gzip alone": (*split(PAIR, "x.jsonl.gz"), ["x.jsonl.gz"]),
-    "no parquet": (*split(b"PAR1 no parquet", "x.parquet"), ["x.parquet"]),
-    "an empty raw set": (*split(b""), ["x.jsonl", "no rows"]),
-    "an empty table": (*split(b"", "x.csv"), ["x.csv", "mpty"]),
-    "a table of other columns": (*split(b"prompt,chosen\na,b,c\n", "x.csv"), ["x.csv", "columns"]),
-    "a confidence in words, in a table": (*split(b"prompt,chosen,rejected,confidence\na,b,c,high\n", "x.csv"),
-                                          ["x.csv, row 1", "confidence"]),
-    "a confidence in words": (*split(PAIR.replace(b"}", b', "confidence": "high"}')),
-                              ["x.jsonl, row 1", "confidence"]),
-    "a raw line cut off": (*split(PAIR + b"{oops\n"), ["x.jsonl, line 2", "not JSON"]),
-    "a raw array cut off": ("splits.py --prompts x.json", {"x.json": b'[{"prompt": '},
-                            ["x.json", "not JSON"]),
-    "a number for a raw row": (*split(PAIR + b"7\n"), ["x.jsonl, line 2", "object"]),
-    "a raw row without rejected": (*split(PAIR + b'\n{"prompt": "a", "chosen": "b"}\n'),
-                                   ["x.jsonl, row 3", "'rejected'"]),
-    "a prompt that lacks turns": (*split(b'{"prompt": "a", "chosen": [{"role": "user", "content": "a"}, '
-                                         b'{"role": "assistant", "content": "b"}, {"role": "user", "content": '
-                                         b'"c"}, {"role": "assistant", "content": "d"}], "rejected": "e"}'),
-                                  ["x.jsonl", "with turns in `chosen` that the prompt lacks"]),
-    "a raw response that is no text": (*split(PAIR.replace(b'"c"', b"3")), ["x.jsonl, row 1", "pairs"]),
-    "a set without pairs": (*split(b'{"question": "a", "answer": "b"}\n'),
-                            ["question answer", "info summaries", "highlights"]),
-    "prompts for pairs": (*split(b'{"prompt": "a"}'), ["x.jsonl", "--prompts"]),
-    "an unknown response": (*split(b'{"prompt": "a", "answer": "b"}'),
-                            ["prompt answer", "`chosen`", "--prompts"]),
-    "an unknown prompt": (*split(b'{"question": "a", "chosen": "b", "rejected": "c"}'),
-                          ["name its column `prompt`"]),
-    "equal responses alone": (*split(PAIR.replace(b'"c"', b'" b"')), ["x.jsonl", "no row"]),
-    "pairs of two schemas": ("splits.py --dataset x.jsonl y.jsonl", {
-        "x.jsonl": PAIR, "y.jsonl": PAIR.replace(b"}", b', "chosen-rating": 2, "rejected-rating": 1}')},
-        ["several schemas"]),
-    "no such raw set": ("splits.py --dataset absent.jsonl", {}, ["absent.jsonl", "no file", "hub"]),
-    "no such set of the hub": ("splits.py --dataset someone/unknown:train", {},
-                               ["someone/unknown:train", "hub"]),
-    "a set out of reach": ("splits.py --prompts tatsu-lab/alpaca_eval", {}, ["tatsu-lab/alpaca_eval", "hub"]),
     # ---- tensors
     "rewards that are all NaN": (*rewards(chosen=ZEROS(1, 8) + NAN), ["rewards.pt", "finite"]),
     "rewards that are all infinite": (*rewards(rejected=ZEROS(1, 8) - INF), ["rewards.pt", "finite"]),
@@ -234,10 +193,6 @@ CASES = {
     "rewards cut off": (DRDO, {"rewards.pt": lambda old: old[:-99]},
                         ["rewards.pt", "run precompute_rewards.py"]),
     "a judge with code in it": (JUDGE, {"out/drdo/rewards.pt": CODE}, ["out/drdo/rewards.pt"]),
-    "a judge of NaN": (JUDGE, {"out/drdo/rewards.pt": tensors(response=ZEROS(1, 4) + NAN)},
-                       ["no pair is judged", "--max_length"]),
-    "a judge of another shape": (JUDGE, {"out/drdo/rewards.pt": tensors(response=ZEROS(4))},
-                                 ["out/drdo/rewards.pt", "4 rows"]),
     # ---- model folders
     "no model": (f"{DPO} --model nowhere", {}, ["nowhere", "folder"]),
     "a file for a model": (f"{DPO} --model rewards.pt", {}, ["rewards.pt", "folder"]),
@@ -293,12 +248,6 @@ CASES = {
     "no rewards to distil": (f"align.py --loss edpo {RUN}", {}, ["--loss edpo", "--oracle_rewards"]),
     "two judges": (f"{JUDGE} --judge m --reward_fn f", {}, ["--reward_fn", "not allowed with"]),
     "nothing to judge": ("evaluate.py", {}, ["--generations", "--curves"]),
-    "an opponent that is not there": (f"{JUDGE} --against nobody", {}, ["--against nobody", "us, them"]),
-    "all is held out": (f"{SPLIT} --validation_fraction 1", {}, ["--validation_fraction 1"]),
-    "a negative number of prompts": ("splits.py --prompts x.jsonl --num_prompts -1", {},
-                                     ["--num_prompts -1"]),
-    "two prompt sets of a name": ("splits.py --prompts x.jsonl ./x.jsonl", {}, ["--prompts", "x, x"]),
-    "nothing to split": ("splits.py", {}, ["--dataset", "--prompts"]),
     "a file for a folder": (f"{DPO} --out rewards.pt", {}, ["rewards.pt"]),
     "a folder below a file": (f"{SPLIT} --out rewards.pt/data", {}, ["rewards.pt/data"]),
     "a folder for a file of rewards": (f"{SCORE} --out out", {}, ["--out out", "folder"]),
@@ -443,7 +392,7 @@ def test_two_processes_say_it_once(lab, tmp_path, case):
     before = [prepare(lab, place, edits if who in ("both", k) else {}) for k, place in enumerate(places)]
     status, _, errors = ends([(place, command.split()) for place in places])
     lines = [text for text in messages(errors) if "error: " in text]
-    assert status == 2 and len(lines) == 1, (status, errors[-2000:])
+    assert status == 2 and len(lines) == 1 and "Traceback" not in errors, (status, errors[-2000:])
     assert all(word in lines[0] for word in words), lines[0]
     assert [contents(place) for place in places] == before
 

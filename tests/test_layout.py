@@ -77,14 +77,6 @@ def test_a_row_of_two_responses_scores_as_two_rows(models):
             assert rewards[i, j].item() == pytest.approx(own_reward(classifier, prompt, response), rel=1e-9)
 
 
-@torch.no_grad()
-def test_scores_do_not_depend_on_the_batch_or_on_padding(models):
-    model, _ = models
-    together = torch.stack(model(pairs()))
-    alone = torch.cat([torch.stack(model([pair])) for pair in pairs()], 1)
-    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
-
-
 def test_loss_and_gradient_are_the_mean_over_pairs_alone(models):
     model, _ = models
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import run, together
+from conftest import free_port, run, together
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config
 
@@ -57,7 +57,7 @@ def test_every_tensor_has_a_place_in_llama_cpp(drdo):
 
 
 def test_transformers_serve_answers(drdo):
-    port, model = "8763", str(drdo["LLAMA"])
+    port, model = str(free_port()), str(drdo["LLAMA"])
     serve = [Path(sys.executable).parent / "transformers", "serve", model, "--port", port, "--device", "cpu"]
     server = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -451,9 +451,10 @@ def test_odd_files_that_are_fine(tmp_path):
     write(tmp_path / "x.csv", [{"prompt": "a", "chosen": "b"}, {"prompt": prompts[3], "chosen": "b"}])
     run(tmp_path, "--dataset", "x.csv", "--validation_fraction", 0)
     assert {row["prompt"] for row in read(tmp_path / "data/sft/train.jsonl")} == {"a", prompts[3]}
-    words = ["one two " * 600_000, "two one " * 600_000]  # their whole distance would take minutes
+    chosen, rejected = ("one " * 50_000 + word * 10 for word in ("a ", "b "))  # more words would take minutes
     run(tmp_path, "--dataset", write(tmp_path / "y.jsonl", [
-        {"prompt": "a", "chosen": words[0], "rejected": words[1]}]), "--validation_fraction", 0)
+        {"prompt": "a", "chosen": chosen, "rejected": rejected}]), "--validation_fraction", 0)
+    assert read(tmp_path / "data/all/train.jsonl")[0]["edit_distance"] == 0
 
 
 def test_a_full_disk_touches_nothing(tmp_path):
@@ -526,6 +527,8 @@ ROW = "x.jsonl, row 1"
     (COMPARISON.replace('{"post": "a", "subreddit": "b"}', "null"), "--dataset x.jsonl", f"{ROW}|info"),
     ('{"chosen": 1, "rejected": 2}', "--dataset x.jsonl", f"{ROW}|chosen, rejected"),
     ('{"messages": "text"}', "--dataset x.jsonl", f"{ROW}|messages"),
+    (PAIR.replace('"b"', '[{"content": "a"}, {"content": "b"}, {"content": "c"}]'), "--dataset x.jsonl",
+     "x.jsonl|with turns in `chosen` that the prompt lacks"),
     ('{"prompt": "a", "responses": ["b", "c", "d"]}', "--dataset x.jsonl", f"{ROW}|two texts"),
     ('{"prompt": "a", "responses": "bc"}', "--dataset x.jsonl", f"{ROW}|two texts"),
     # flags

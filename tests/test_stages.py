@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import align
 import generate
@@ -40,6 +40,23 @@ def test_a_pad_token_never_takes_a_word_away(tmp_path):
     text = "wow! great!!! ünïcode, 漢字"
     assert tokenizer.pad_token_id not in tokenizer(text).input_ids
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_training_drops_nothing_out_and_moves_every_embedding(tmp_path):
+    """OPT's dropout is 0.5 here, and its pad token, whose embedding would stand still, is EOS too."""
+    tokenizer = toy.make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    eos = tokenizer.eos_token_id
+    OPTForCausalLM(OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2, ffn_dim=32,
+        num_attention_heads=2, max_position_embeddings=64, dropout=0.5, pad_token_id=eos, eos_token_id=eos,
+        tie_word_embeddings=False)).save_pretrained(tmp_path)
+    _, lm = align.load_model(tmp_path)
+    ids = torch.tensor([[1, eos, 9, eos]])
+    first, again = (lm(ids, labels=ids) for _ in range(2))
+    first.loss.backward()
+    assert lm.training and torch.equal(first.logits, again.logits)
+    assert lm.get_input_embeddings().weight.grad[eos].any()
 
 
 def test_text_becomes_tokens_as_the_readme_says():
