@@ -75,6 +75,7 @@ def parse_args():
 
 def main():
     args, start = parse_args(), time.time()
+    align.check_flags(args, "")
     home = os.path.abspath(args.out)
     os.makedirs(home, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # the workers'
@@ -83,7 +84,8 @@ def main():
     model = os.path.abspath(args.model or f"{home}/model")
     if not args.model:
         make_small_model(model)
-    tokenizer, config = (auto.from_pretrained(model) for auto in (align.AutoTokenizer, align.AutoConfig))
+    with align.or_fail(f"--model {model}", "name the folder of a causal LM"):
+        tokenizer, config = (auto.from_pretrained(model) for auto in (align.AutoTokenizer, align.AutoConfig))
     batch, max_steps, table = args.batch_size, args.steps + 2, []
 
     def data(shape, number=batch * max_steps, batch_size=batch):
@@ -144,7 +146,8 @@ def main():
         folder = data("natural", args.rows, None)
         pairs, ids = f"{folder}/pairs.jsonl", f"{folder}/ids.jsonl"
     if "scoring" in args.modes:
-        oracle, scorer = f"{home}/oracle", load("SequenceClassification", model)
+        oracle = f"{home}/oracle_{os.path.basename(model)}"
+        scorer = load("SequenceClassification", model)
         scorer.config.pad_token_id = tokenizer.pad_token_id
         scorer.save_pretrained(oracle)
         tokenizer.save_pretrained(oracle)
@@ -185,7 +188,7 @@ def write_data(folder, tokenizer, shape, path, number, batch_size=None):
     our training at this batch size, or without one in file order. Returns the folder."""
     os.makedirs(folder, exist_ok=True)
     if shape == "natural" and path:
-        rows, fits = [json.loads(line) for line in open(path)], align.Rows(path, KEYS, tokenizer, 1024).lines
+        fits, rows = align.Rows(path, KEYS, tokenizer, 1024).lines, [json.loads(line) for line in open(path)]
         if len(fits) < number:
             align.fail(f"--data {path}: {len(fits)} pairs of at most 1024 tokens, {number} are needed; "
                        "lower --steps or --rows")
@@ -402,6 +405,7 @@ def run_plain(kind, folder, data, dtype, max_new_tokens=0, gate=None):
     texts = []
     for prompt, chosen, rejected in map(json.loads, open(data)):
         texts += [prompt] if max_new_tokens else [prompt + chosen, prompt + rejected]
+    texts = [list(ids) for ids in dict.fromkeys(map(tuple, texts))]  # each once, as our stages do
     for i in range(0, len(texts), 8):
         gate()
         batch = tokenizer.pad({"input_ids": texts[i:i + 8]}, return_tensors="pt").to(model.device)

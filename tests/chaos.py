@@ -22,7 +22,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,13 +29,9 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from shutil import rmtree
-from threading import Thread
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OPENAI_API_KEY": "-"}
 
 import psutil
@@ -44,6 +39,7 @@ import torch
 from tqdm import tqdm
 
 import toy
+from conftest import ROOT, Judge, free_port
 
 TRAINING = ("--data train.jsonl --eval_data validation.jsonl --batch_size 8 --micro_batch_size 2 "
             "--max_steps 24 --warmup_steps 2 --learning_rate 1e-3 --log_steps 1 --eval_steps 9 "
@@ -84,8 +80,9 @@ def main():
             share = kills // len(runs) + (k < kills % len(runs))
             flags += " --dtype fp32" * (stage in TRAINERS and BF16 not in flags)
             jobs.append((stage, flags, processes, share, random.Random(f"{args.seed} {stage} {k}")))
-    with tempfile.TemporaryDirectory() as lab, Judge() as server:
-        os.environ["OPENAI_BASE_URL"] = f"http://127.0.0.1:{server.server_port}/v1"
+    with tempfile.TemporaryDirectory() as lab, Judge(decide) as judge:
+        judge.server.handle_error = lambda *_: None  # who asked was killed
+        os.environ["OPENAI_BASE_URL"] = f"http://127.0.0.1:{judge.server.server_port}/v1"
         prepare(lab)
         total = sum(job[3] for job in jobs)
         with tqdm(total=total, desc="kills", smoothing=0) as bar, ThreadPoolExecutor(2) as pool:
@@ -123,45 +120,18 @@ def prepare(lab):
     subprocess.run(score, cwd=lab, check=True, capture_output=True)
 
 
-class Judge(ThreadingHTTPServer):
-    """A chat model on this machine, which prefers one of two responses by their text and takes its time."""
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), JudgeHandler)
-        Thread(target=self.serve_forever, daemon=True).start()
-
-    def handle_error(self, *_):
-        pass  # who asked was killed
-
-    def __exit__(self, *_):
-        self.shutdown()
-
-
-class JudgeHandler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        message = self.rfile.read(int(self.headers["Content-Length"]))
-        time.sleep(0.1)
-        answer = "Preferred: " + ("A", "B", "tie")[sum(message) % 3]
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}
-        body = json.dumps({"id": "0", "object": "chat.completion", "created": 0, "model": "toy",
-                           "choices": [choice]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+def decide(a, b):
+    """A judge's answer, by the texts, which takes its time."""
+    time.sleep(0.1)
+    return "Preferred: " + ("A", "B", "tie")[(len(a) + 2 * len(b)) % 3]
 
 
 class Run:
     """A stage as a program, its output in a file."""
     def __init__(self, lab, flags, processes, out, resume=False):
         script, *flags = flags.split()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", processes, "--master_port", port]
+        launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", processes,
+                    "--master_port", free_port()]
         command = [*(launcher if processes > 1 else [sys.executable]), ROOT / script, *flags, "--out", out,
                    *["--resume"] * resume]
         self.out, self.screen = Path(lab) / out, f"{lab}/{out}.txt"
@@ -224,10 +194,8 @@ class Run:
         return 0.0
 
     def end(self):
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 
@@ -246,9 +214,11 @@ def torment(lab, bar, stage, flags, processes, kills, rng):
         fault("fails when left in peace")
         return report
     remove(run.out)
-    begins = [seen[phase] for phase in PHASES if phase in seen and phase != "checkpoint"] + [life]
-    ends = {phase: min(begin for begin in begins if begin > start) for phase, start in seen.items()}
-    while report["phases"].total() < kills or has(run.out, stage):
+    phases = [phase for phase in PHASES if phase in seen] if stage in TRAINERS else ["import"]  # all its life
+    begins = [seen[phase] for phase in phases if phase != "checkpoint"] + [life]
+    ends = {phase: min(begin for begin in begins if begin > seen[phase]) for phase in phases}
+    killed = True
+    while report["phases"].total() < kills or killed:  # the last one ends by itself
         resume = stage in TRAINERS and os.path.exists(f"{run.out}/checkpoint/state.pt")
         if stage in TRAINERS and report["phases"].total() == 1 and "refused" not in report:
             report["refused"] = True
@@ -257,9 +227,10 @@ def torment(lab, bar, stage, flags, processes, kills, rng):
             if run.process.returncode != 2 or not re.search("unfinished run|holds no checkpoint", run.text()):
                 fault("is not refused")
         run = Run(lab, flags, processes, out, resume)
-        killed = report["phases"].total() < kills and (not has(run.out, stage) or rng.random() < 0.7)
+        begun = os.path.exists(run.out) or glob.glob(f"{run.out}*partial")
+        killed = report["phases"].total() < kills and (not begun or rng.random() < 0.7)
         if killed:
-            aim = rng.choice([phase for phase in PHASES if phase in seen]) if stage in TRAINERS else "import"
+            aim = rng.choice(phases)
             run.watch(until=aim)
             if aim in ("checkpoint", "saving"):  # they last some milliseconds
                 time.sleep(0.1 * rng.random() ** 3)
@@ -292,11 +263,6 @@ def whole(step):
         return os.stat(Path(step).parent / "state.pt").st_mtime >= os.stat(step).st_mtime
     except OSError:
         return False
-
-
-def has(out, stage):
-    """Whether a run has begun there and not ended."""
-    return os.path.exists(out) or bool(glob.glob(f"{out}*partial"))
 
 
 def remove(out):

@@ -1,14 +1,19 @@
-"""Shared by the tests: they import scripts, run them as programs, and have a process group of one process."""
+"""Shared by the tests: they import scripts, run them as programs, have a process group of one process, and a
+server that judges."""
+import json
 import multiprocessing.connection
 import os
+import re
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -61,7 +66,8 @@ def ends(commands):
         processes = []
         for rank, command in enumerate(commands):
             environ = shared | {"RANK": rank, "LOCAL_RANK": rank} if len(commands) > 1 else {}
-            processes.append(CONTEXT.Process(target=child, args=(f"{logs}/{rank}", *command, environ)))
+            args = f"{logs}/{rank}", *command, environ
+            processes.append(CONTEXT.Process(target=child, args=args, daemon=True))
             processes[-1].start()
         running, status = list(processes), 0
         while running and not status:
@@ -108,3 +114,47 @@ def together(*calls):
     """Makes these calls, (function, *arguments) each, two at a time. Returns what they return."""
     with ThreadPoolExecutor(2) as pool:
         return [done.result() for done in [pool.submit(*call) for call in calls]]
+
+
+class Judge:
+    """A server of OpenAI's chat completions: decide(a, b) gives an answer; `statuses` are sent first. `body`
+    stands in for the whole reply."""
+
+    def __init__(self, decide, statuses=(), body=None):
+        self.decide, self.statuses, self.prompts, self.asked = decide, list(statuses), [], []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                prompt = asked["messages"][-1]["content"]
+                assert self.path == "/v1/chat/completions"
+                status = outer.statuses.pop(0) if outer.statuses else 200
+                outer.prompts.append(prompt)
+                outer.asked.append(asked)
+                pattern = "<response_{0}>\n(.*)\n</response_{0}>"
+                shown = [re.search(pattern.format(name), prompt, re.DOTALL)[1] for name in "AB"]
+                message = {"role": "assistant", "content": outer.decide(*shown)}
+                reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "toy-judge",
+                         "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+                if status != 200:
+                    reply = {"error": {"message": f"no such luck, {self.headers['Authorization']}"}}
+                reply = json.dumps(reply).encode() if body is None else body
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(reply)))
+                self.end_headers()
+                self.wfile.write(reply)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()

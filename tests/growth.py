@@ -3,8 +3,8 @@
     python tests/growth.py                        # all three: Markdown tables; six minutes on two quiet cores
     python tests/growth.py --modes vocabulary
 
-The scripts run as they are, each in a process of its own, with one thread. CPU seconds and peak resident
-memory are the kernel's figures for that process.
+The scripts run as they are, but for the scoring itself, each in a process of its own, with one thread. CPU
+seconds and peak resident memory are the kernel's figures for that process.
 """
 import argparse
 import json
@@ -165,6 +165,7 @@ def write_comparisons(path, n):
     writes them: a program that is started has at least the peak memory of the one that started it."""
     writer = multiprocessing.Process(target=write_rows, args=(path, n))
     writer.start(), writer.join()
+    assert not writer.exitcode, "the rows could not be written"
 
 
 def write_rows(path, n):

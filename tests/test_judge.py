@@ -1,5 +1,4 @@
-"""evaluate.py --judge: prompts, verdicts, the cache, and servers that fail. The server here speaks OpenAI's
-protocol."""
+"""evaluate.py --judge: prompts, verdicts, the cache, and servers that fail."""
 import itertools
 import json
 import os
@@ -8,9 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import Judge
 from test_evaluate import ROOT, evaluate, row, run, write
 
 
@@ -20,50 +19,6 @@ def no_pictures(monkeypatch):
 
 
 KEY = "sk-secret-0123456789"
-
-
-class Judge:
-    """A server of OpenAI's chat completions: decide(a, b) gives an answer; `statuses` are sent first. `body`
-    stands in for the whole reply."""
-
-    def __init__(self, decide, statuses=(), body=None):
-        self.decide, self.statuses, self.prompts, self.asked = decide, list(statuses), [], []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                prompt = asked["messages"][-1]["content"]
-                assert self.path == "/v1/chat/completions" and asked["model"] == "toy-judge"
-                status = outer.statuses.pop(0) if outer.statuses else 200
-                outer.prompts.append(prompt)
-                outer.asked.append(asked)
-                pattern = "<response_{0}>\n(.*)\n</response_{0}>"
-                shown = [re.search(pattern.format(name), prompt, re.DOTALL)[1] for name in "AB"]
-                message = {"role": "assistant", "content": outer.decide(*shown)}
-                reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "toy-judge",
-                         "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-                if status != 200:
-                    reply = {"error": {"message": f"no such luck, {self.headers['Authorization']}"}}
-                reply = json.dumps(reply).encode() if body is None else body
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(reply)))
-                self.end_headers()
-                self.wfile.write(reply)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
 
 
 @pytest.fixture
@@ -237,6 +192,7 @@ def test_no_sampling_parameter_is_sent_unasked(judged):
     with Judge(longer) as judge:
         judged(judge, PAIRS, "--against", "them")
         assert all(asked.keys() == {"model", "messages"} for asked in judge.asked)
+        assert {asked["model"] for asked in judge.asked} == {"toy-judge"}
         judged(judge, PAIRS, "--against", "them", "--judge_temperature", "0")  # other verdicts: asked anew
     assert [asked.get("temperature") for asked in judge.asked] == [None] * 8 + [0] * 8
 
