@@ -39,14 +39,14 @@ from toy import fail, write_jsonl
 
 # Here are the settings. Names, flags and whose rewards a method learns are lab.py's. --choose tries four
 # settings a method. Use the one that wins most against the start by the true reward, over CHOOSING_CELLS.
-# The first four methods were chosen so. The other four take the same rate and beta.
+# DPO + NLL takes DPO's, e-DPO takes e-DPO (Oracle)'s. The others were chosen so.
 WITH_BETA = [f"--learning_rate {rate} --beta {beta}" for rate in (5e-5, 1e-4) for beta in (0.03, 0.1)]
 WITHOUT_BETA = [f"--learning_rate {rate}" for rate in (2e-5, 5e-5, 1e-4, 2e-4)]
 METHODS = {
-    "DPO": "--learning_rate 1e-4 --beta 0.03", lab.RECOMMENDED: "--learning_rate 1e-4 --beta 0.03",
-    "e-DPO (Oracle)": "--learning_rate 1e-4 --beta 0.03", "DRDO (head)": "--learning_rate 1e-4",
-    "SFT on winners": "--learning_rate 1e-4", "DPO + NLL": "--learning_rate 1e-4 --beta 0.03",
-    "IPO": "--learning_rate 5e-5 --beta 0.03", "e-DPO": "--learning_rate 1e-4 --beta 0.03"}
+    "SFT on winners": "--learning_rate 5e-5", "DPO": "--learning_rate 1e-4 --beta 0.03",
+    "DPO + NLL": "--learning_rate 1e-4 --beta 0.03", "IPO": "--learning_rate 5e-5 --beta 0.03",
+    "e-DPO": "--learning_rate 1e-4 --beta 0.03", "e-DPO (Oracle)": "--learning_rate 1e-4 --beta 0.03",
+    "DRDO (head)": "--learning_rate 1e-4", lab.RECOMMENDED: "--learning_rate 1e-4 --beta 0.03"}
 DIAL = ["DPO", "e-DPO (Oracle)", lab.RECOMMENDED]  # the Oracle's quality and the number of pairs change
 
 
@@ -61,9 +61,9 @@ CELLS = {
     "bradley_terry": cell("bt", methods=DIAL),
     "noisy_all": cell(0.4, methods=DIAL),
     **{f"noisy_all_{who}": cell(0.4, "all", who, methods=DIAL) for who in ("truth", "four_times")},
-    "noisy_lc_le": cell(0.4, "lc_le"),
+    "noisy_lc_le": cell(0.4, "lc_le", methods=[*DIAL, "DRDO (head)"]),
     "noisy_lc_le_truth": cell(0.4, "lc_le", "truth", methods=DIAL),
-    "noisy_4_epochs": cell(0.4, "lc_le", steps=48, methods=[*DIAL, "DRDO (head)"])}
+    "noisy_4_epochs": cell(0.4, "lc_le", steps=48, methods=["DPO", lab.RECOMMENDED])}
 SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [0, 1, 2], [90], ["clean_all"]
 PROMPTS, SAMPLES, TEST = 160, 4, 64  # training prompts of a seed, responses to each; test prompts a domain
 TOKENS = 40  # of an answer at most
