@@ -514,10 +514,10 @@ def save_model(model, tokenizer, folder):
             tokenizer.save_pretrained(partial)
             if model.score:
                 save_file({"score.weight": model.score.weight.data}, f"{partial}/score.safetensors")
-        shutil.rmtree(f"{folder}/additional_chat_templates", ignore_errors=True)  # this and the others: an
-        for name in glob("*.safetensors*", root_dir=folder) + glob("*.jinja", root_dir=folder):  # older run's
-            if name not in os.listdir(partial):
-                os.remove(f"{folder}/{name}")
+        stale = glob("*.safetensors*", root_dir=folder) + glob("*.jinja", root_dir=folder)  # an older run's
+        for name in set(stale) - set(os.listdir(partial)):
+            os.remove(f"{folder}/{name}")
+        shutil.rmtree(f"{folder}/additional_chat_templates", ignore_errors=True)
         for name in os.listdir(partial):
             os.replace(f"{partial}/{name}", f"{folder}/{name}")
         os.rmdir(partial)

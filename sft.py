@@ -354,10 +354,10 @@ def save_model(lm, tokenizer, folder):
         with or_fail(partial, "make room, then go on with --resume, or start again"):
             lm.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        shutil.rmtree(f"{folder}/additional_chat_templates", ignore_errors=True)  # this and the others: an
-        for name in glob("*.safetensors*", root_dir=folder) + glob("*.jinja", root_dir=folder):  # older run's
-            if name not in os.listdir(partial):
-                os.remove(f"{folder}/{name}")
+        stale = glob("*.safetensors*", root_dir=folder) + glob("*.jinja", root_dir=folder)  # an older run's
+        for name in set(stale) - set(os.listdir(partial)):
+            os.remove(f"{folder}/{name}")
+        shutil.rmtree(f"{folder}/additional_chat_templates", ignore_errors=True)
         for name in os.listdir(partial):
             os.replace(f"{partial}/{name}", f"{folder}/{name}")
         os.rmdir(partial)
