@@ -56,6 +56,8 @@ def parse_args():
     args.generator = args.generator or args.model.rstrip("/")
     if os.path.isdir(args.out):
         fail(f"--out {args.out} is a folder; name a file in it")
+    if os.path.realpath(args.out) == os.path.realpath(args.prompts):
+        fail(f"--out {args.out} would overwrite --prompts; name another file")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     return args
 

@@ -56,6 +56,8 @@ def parse_args():
     for name, path in ("out", args.out), ("relabel", args.relabel or ""):
         if os.path.isdir(path):
             fail(f"--{name} {path} is a folder; name a file in it")
+        if os.path.realpath(path) == os.path.realpath(args.data):
+            fail(f"--{name} {path} would overwrite --data; name another file")
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     return args
 

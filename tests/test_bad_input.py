@@ -251,6 +251,10 @@ CASES = {
     "a file for a folder": (f"{DPO} --out rewards.pt", {}, ["rewards.pt"]),
     "a folder below a file": (f"{SPLIT} --out rewards.pt/data", {}, ["rewards.pt/data"]),
     "a folder for a file of rewards": (f"{SCORE} --out out", {}, ["--out out", "folder"]),
+    "the data for a file of rewards": (f"{SCORE} --data {TRAIN} --out {TRAIN}", {}, ["--out", "overwrite"]),
+    "the data for relabelled data": (f"{SCORE} --data {TRAIN} --relabel ./{TRAIN}", {},
+                                     ["--relabel", "overwrite"]),
+    "the prompts for answers": (f"{ANSWER} --prompts {TRAIN} --out {TRAIN}", {}, ["--out", "overwrite"]),
     "a folder for generations": (f"{ANSWER} --out out", {}, ["--out out", "folder"]),
     # ---- DeepSpeed's configuration
     "ZeRO-3": (DPO, {"ds_config.json": ZERO_3}, ["ds_config.json", "stage"]),
