@@ -148,7 +148,11 @@ def main():
             fail("--choose: it has its own cells; omit --cells, and name --methods without an extra flag")
         return choose(seeds, homes, args.workers, methods)
     if args.terms:
-        return [terms(name, seeds, homes) for name in args.cells or ["clean_all"]]
+        for name in args.cells or ["clean_all"]:
+            cell, methods = CELLS[name], ("SFT", "DRDO (head)", "DRDO (logps)")
+            terms(name, {method: [(policy_folder(home, cell, method), *places(home, cell)[2:], seed)
+                                  for seed, home in zip(seeds, homes)] for method in methods})
+        return
     cells = {name: CELLS[name] | {"methods": methods} for name in args.cells or CELLS
              if (methods := [m for m in CELLS[name]["methods"] if m in wanted])}
     if not cells:
@@ -533,21 +537,19 @@ def print_settings(method, rates):
         print_row(method, f"{best}`{setting}`{best}", *(f"{rate:.3f}" for rate in (np.mean(row), *row)))
 
 
-def terms(name, seeds, homes):
+def terms(name, policies, pairs=480):
     """Prints what each term of Eq. 6 does on a cell's pairs: its gradient's norm on the LM's weights, and its
-    push on z_w and z_l (minus its derivative, mean over pairs). At SFT and at two readings of DRDO."""
+    push on z_w and z_l (minus its derivative, mean over pairs). policies: {name: a list, over seeds, of
+    (folder or hub name, pairs' file, rewards' file, seed)}."""
     transformers.logging.disable_progress_bar()
     print(f"\n## {name}\n")
     print_title("policy", "z_w, z_l", "term", "gradient norm", "push on z_w", "push on z_l")
-    for method in ("SFT", "DRDO (head)", "DRDO (logps)"):
+    for policy, by_seed in policies.items():
         figures, sizes = {}, []
-        for seed, home in zip(seeds, homes):
-            folder = policy_folder(home, CELLS[name], method)
-            _, _, data, rewards = places(home, CELLS[name])
-            for path in (folder, rewards):
-                if not os.path.exists(path):
-                    fail(f"{path}: it is not there; run lab.py --cells {name} --seeds {seed} without --terms")
-            lm, logps, losses = eq6_terms(folder, data, rewards, seed)
+        for folder, data, rewards, seed in by_seed:
+            if not os.path.exists(rewards):
+                fail(f"{rewards}: it is not there; run --cells {name} --seeds {seed} without --terms")
+            lm, logps, losses = eq6_terms(folder, data, rewards, seed, pairs)
             sizes.append(logps.mean(0).tolist())
             for term, loss in losses.items():
                 on_logps, *on_weights = torch.autograd.grad(
@@ -556,12 +558,12 @@ def terms(name, seeds, homes):
                 norm = sum((g ** 2).sum() for g in on_weights).sqrt().item()
                 figures.setdefault(term, []).append([norm, *pushes])
         z = ", ".join(f"{z:.1f}" for z in np.mean(sizes, 0))
-        for term, by_seed in figures.items():
-            norm, push_w, push_l = np.mean(by_seed, 0)
-            print_row(method, z, term, f"{norm:.3g}", f"{push_w:+.2g}", f"{push_l:+.2g}")
+        for term, values in figures.items():
+            norm, push_w, push_l = np.mean(values, 0)
+            print_row(policy, z, term, f"{norm:.3g}", f"{push_w:+.2g}", f"{push_l:+.2g}")
 
 
-def eq6_terms(folder, data, rewards, seed, pairs=480):
+def eq6_terms(folder, data, rewards, seed, pairs):
     """(lm, log pi(y|x) (pairs, 2), {term: its loss of each pair}) of a policy on a file's first pairs."""
     tokenizer, lm = align.load_model(folder)
     torch.manual_seed(seed)

@@ -11,6 +11,7 @@ seed. Those of win rates end at 0 and 1.
     python tests/real.py --model FOLDER --cells clean_all --methods "DPO" "DRDO (head)" --seeds 0
     python tests/real.py --model FOLDER --choose          # learning rates and betas, on a seed not reported
     python tests/real.py --report --picture frontier.png  # what is there; trains nothing
+    python tests/real.py --model FOLDER --terms --cells clean_all noisy_lc_le    # gradients of Eq. 6's terms
 
 Out: out/real/seed<k>/ and out/real/results.json (of the last call); the tables on stdout.
 """
@@ -112,6 +113,7 @@ def parse_args():
          help="folder to write; give each --model its own (default: %(default)s)")
     either("--choose", action="store_true", help=f"try all settings (default seeds: {CHOOSING_SEEDS})")
     either("--report", action="store_true", help="train nothing: the tables of what is there")
+    either("--terms", action="store_true", help="train nothing: the sizes of Eq. 6's terms at the start")
     flag("--picture", metavar="PNG", help="draw reward over KL of clean_all and noisy_lc_le")
     flag("--seeds", type=int, nargs="+", help=f"each its own prompts, samples and labels (default: {SEEDS})")
     flag("--cells", nargs="+", choices=CELLS, metavar="CELL", help=f"of {', '.join(CELLS)} (default: all)")
@@ -139,6 +141,12 @@ def main():
         fail("--methods: --cells trains none of them; name another cell")
     if args.choose:
         return choose(args, cells)
+    if args.terms:
+        for name, cell in cells.items():  # on one step's pairs
+            starts = [(args.model, *places(home, cell)[1:], seed)
+                      for seed, home in zip(args.seeds, args.homes)]
+            lab.terms(name, {"start": starts}, SHARED["batch_size"])
+        return
     if not args.report:
         train(args, cells, {name: [setting] for name, setting in METHODS.items()})
     results = {name: judge(cell, args.homes) for name, cell in tqdm(cells.items(), "judging")}
