@@ -103,7 +103,7 @@ def main(argv=None):
     # ---- who wins: each pair gets an `outcome`, 1 (ours), 0 (theirs), 0.5 (a tie) or NaN (unknown)
     if args.judge:
         judge_pairs(pairs, args, out("verdicts.jsonl"), notes)
-    elif not args.annotations:  # they bring it along
+    elif "reward" in pairs:  # annotations bring the outcome along
         pairs["outcome"] = (np.sign(pairs["reward"] - pairs["reward_theirs"]) + 1) / 2
     lost = pairs["outcome"].isna()
     for (policy, opponent), count in pairs[lost].groupby(["policy", "opponent"], sort=False).size().items():
@@ -144,7 +144,7 @@ def read_responses(args, notes):
     responses, files, by = [], {}, args.group_by
     numbers = ["tokens", "eos", "outcome"]  # of a row, where it has them
     for path in args.generations or args.judge_check or args.annotations:
-        if path in files:
+        if os.path.realpath(path) in map(os.path.realpath, files):
             fail(f"{path}: it is named twice; name it once")
         for line, kind, row in read_rows(path, args, notes):
             policy, group = row["generator"], "all"
@@ -177,13 +177,13 @@ def read_rows(path, args, notes):
             if "reference" in (args.against or []) and isinstance(row.get("reference"), str):
                 yield line, "reference", {**row, "response": row["reference"], "tokens": None, "eos": True}
     elif args.judge_check:
-        rows = list(read_jsonl(path, "prompt", "chosen", "rejected"))
-        ties = sum(bool(row.get("tie")) for row in rows)
-        if ties == len(rows):
+        rows = list(enumerate(read_jsonl(path, "prompt", "chosen", "rejected"), 1))
+        decided = [(line, row) for line, row in rows if not row.get("tie")]
+        if not decided:
             fail(f"{path}: all its pairs are ties; give some with a preferred response")
-        notes.append(f"{ties} of {len(rows)} pairs are ties by their labels, and left out")
-        for line, row in enumerate(rows, 1):
-            for kind in ("chosen", "rejected") if not row.get("tie") else ():
+        notes.append(f"{len(rows) - len(decided)} of {len(rows)} pairs are ties by their labels, and left out")
+        for line, row in decided:
+            for kind in ("chosen", "rejected"):
                 yield line, kind, {**row, "response": row[kind], "generator": kind, "temperature": "-"}
     else:
         try:  # `preference` is 1 if output_1 wins, 2 if output_2 does, 1.5 or 0 for a tie
@@ -267,9 +267,10 @@ def read_rewards(paths, files, responses, notes):
     for generator, data in dict.fromkeys(zip(responses["generator"], responses["file"])):
         folder = Path(generator if os.path.isdir(generator) else os.path.dirname(data))
         path = (folder.parent if re.fullmatch(r"step\d+", folder.name) else folder) / "args.json"
-        teachers = json.loads(path.read_text(encoding="utf-8")).get("oracles") if path.exists() else None
-        if {*map(os.path.realpath, teachers or [])} & {*map(os.path.realpath, oracles)}:
-            notes.append(f"the judge {', '.join(oracles)} taught {generator}: it may favour its pupil")
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not every policy is align.py's
+            teachers = json.loads(path.read_text(encoding="utf-8"))["oracles"]
+            if {*map(os.path.realpath, teachers)} & {*map(os.path.realpath, oracles)}:
+                notes.append(f"the judge {', '.join(oracles)} taught {generator}: it may favour its pupil")
     return oracles
 
 
@@ -368,7 +369,7 @@ def ask(args, messages, cache_path, notes):
         except Exception as error:  # a server that fails may send anything
             return message, "", error
 
-    answers, unclear, failed, in_a_row = {}, [], [], 0
+    known, unclear, failed, in_a_row = {}, [], [], 0
     os.makedirs(os.path.dirname(cache_path) or ".", exist_ok=True)
     with open(cache_path, "a+", encoding="utf-8") as cache, ThreadPool(4) as pool:
         cache.seek(0)
@@ -376,10 +377,10 @@ def ask(args, messages, cache_path, notes):
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):  # where an earlier run was cut off
                 held = json.loads(line)
-                answers[held["key"]] = held["answer"]
-        answers = {name: answers[name] for name in names.values() if name in answers}  # no other run's
+                known[held["key"]] = held["answer"]
+        answers = {text: known[name] for text, name in names.items() if name in known}
         cache.write("\n" if rest else "")
-        missing = [text for text in names if names[text] not in answers]
+        missing = [text for text in names if text not in answers]
         print(f"{args.judge}: {len(names)} requests, {len(names) - len(missing)} answered in {cache_path}")
         replies = pool.imap_unordered(request, missing)
         for _ in tqdm(missing, args.judge, unit="request"):
@@ -391,7 +392,7 @@ def ask(args, messages, cache_path, notes):
                     tqdm.write(f"{client.base_url} has not answered for {PATIENCE} s", sys.stderr)
             message, answer, error = reply
             if not np.isnan(verdict(answer)):
-                answers[names[message]] = answer
+                answers[message] = answer
                 held = {"key": names[message], "model": args.judge, "answer": answer}
                 print(json.dumps(held), file=cache, flush=True)
             elif answer:
@@ -409,7 +410,7 @@ def ask(args, messages, cache_path, notes):
         notes.append(f"{len(failed)} of {len(names)} requests got no answer ({''.join(failed[-1:])}), "
                      f"{len(unclear)} an answer without a verdict ({''.join(unclear[-1:])!r:.60}); the next "
                      "run asks them again")
-    return {text: answers[name] for text, name in names.items() if name in answers}
+    return answers
 
 
 # ---- figures
@@ -567,6 +568,8 @@ def plot_curves(folders):
         path = os.path.join(folder, "log.jsonl")
         log = list(read_jsonl(path))
         for rewards in Path(folder).glob("step*/rewards.pt"):
+            if not rewards.parent.name.removeprefix("step").isdigit():
+                continue  # somebody's copy
             held = load_rewards(rewards, "score the generations of that folder again")
             if not {"response", "reference"} <= held.keys():
                 fail(f"{rewards}: no rewards of references; generate from prompts that carry `reference`")
@@ -615,7 +618,7 @@ def read_jsonl(path, *keys):
     try:
         with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
-                row = json.loads(line)
+                row = dict(json.loads(line))
                 for key in keys:
                     text = as_text(row[key]) if key == "prompt" else row[key]
                     if not isinstance(text, str) or key == "prompt" and not text:

@@ -427,20 +427,20 @@ def teacher(cell, home):
 def report(out, results):
     """Prints the tables of each cell and writes results.json. results: {cell: judge()'s figures}."""
     for name, figures in results.items():
-        sft_row, last = figures["SFT"], list(figures.values())[-1]
+        sft_row = figures["SFT"]
         print("\n## {}: {split}, flips {flip}, Oracle {oracle}, winners {winners}, {pairs} pairs, "
               "{steps} steps, {} seeds; posts / articles\n".format(name, sft_row["seeds"], **CELLS[name]))
         print(f"The Oracle is right on {sft_row['oracle_right']:.2f} of the pairs, by the truth; its "
               "differences' std, by seed:", ", ".join(f"{std:.2f}" for std in sft_row["oracle_stds"]) + ".\n")
         titles = {other: f"against {other}" for other in OPPONENTS if other in figures}
-        if "oracle/test" in last:
+        if CELLS[name]["temperatures"]:
             titles["oracle"] = "against SFT by the Oracle"
         print_title("method", *titles.values(), "true reward", "tokens", "EOS", "log pi(y_w), log pi(y_l)")
         for method, row in figures.items():
             logps = [f"{row[key]:.1f}" for key in ("logps/chosen", "logps/rejected") if key in row]
             print_row(method, *(show(row, other) for other in titles), show(row, "true", "{:.2f}"),
                       f"{row['tokens/test'][0]:.1f}", f"{row['eos/test'][0]:.2f}", ", ".join(logps))
-        if "T=0.2/test" in last:
+        if CELLS[name]["temperatures"]:
             print("\nAgainst SFT at the same temperature:\n")
             print_title("method", "T = 0.2", "0.5", "0.7", "0.9")
             for method, row in list(figures.items())[1:]:

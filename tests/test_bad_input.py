@@ -159,7 +159,9 @@ CASES = {
     "a temperature in words": (JUDGE, {ANSWERS: row(temperature="hot")},
                                [f"{ANSWERS}, line 3", "`temperature`"]),
     "a temperature of NaN": (JUDGE, {ANSWERS: row(temperature=NAN)}, [f"{ANSWERS}, line 3", "`temperature`"]),
-    "generations named twice": (f"{JUDGE} {ANSWERS}", {}, [f"{ANSWERS}: it is named twice"]),
+    "generations named twice": (f"{JUDGE} ./{ANSWERS}", {}, [f"{ANSWERS}: it is named twice"]),
+    "a log line that is no object": ("evaluate.py --curves out/drdo", {"out/drdo/log.jsonl": b"7\n"},
+                                     ["out/drdo/log.jsonl, line 1"]),
     "a prompt that is a list of texts": (JUDGE, {ANSWERS: row(prompt=["p"])},
                                          [f"{ANSWERS}, line 3", "TypeError"]),
     "no such key": (f"{JUDGE} --group_by set", {}, ["--group_by set", f"{ANSWERS}, line 1"]),
@@ -287,6 +289,7 @@ ACCEPTED = {
     "an empty response": (*pairs(rejected=""), "8 rows, 0 over"),  # it is EOS alone
     "an unknown role": (*pairs(prompt=[{"role": "narrator", "content": "a"}]), "8 rows, 0 over"),
     "a line of 10 MB": (*pairs(chosen=" i" * 999, note="x" * 10_000_000), "7 rows, 1 over --max_length"),
+    "another program's args.json": (JUDGE, {"out/drdo/args.json": b"[1]"}, "wrote"),
     "rewards that are NaN in one row": (*rewards(chosen=torch.tensor([[NAN] + [0.0] * 7])),
                                         "1 pairs dropped"),
 }

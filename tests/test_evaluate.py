@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import types
 
@@ -290,6 +291,7 @@ def test_sampled_rewards_are_a_panel(tmp_path, capsys):
         (tmp_path / f"drdo/step{step}").mkdir()
         torch.save({"response": torch.tensor(response), "reference": torch.full((len(response), 3), 2.0)},
                    tmp_path / f"drdo/step{step}/rewards.pt")
+    shutil.copytree(tmp_path / "drdo/step20", tmp_path / "drdo/step20_old")  # a user's: it is no step
     _, panel = evaluate.plot_curves([run]).axes
     assert panel.get_title() == "rewards/sampled"
     assert [line.get_xydata().tolist() for line in panel.lines] == [[[20, pytest.approx(4 / 6)], [100, -0.5]]]
