@@ -181,7 +181,7 @@ def read_rows(path, args, notes):
         decided = [(line, row) for line, row in rows if not row.get("tie")]
         if not decided:
             fail(f"{path}: all its pairs are ties; give some with a preferred response")
-        notes.append(f"{len(rows) - len(decided)} of {len(rows)} pairs are ties by their labels, and left out")
+        notes.append(f"{len(rows) - len(decided)} of {len(rows)} pairs are ties by their labels: left out")
         for line, row in decided:
             for kind in ("chosen", "rejected"):
                 yield line, kind, {**row, "response": row[kind], "generator": kind, "temperature": "-"}

@@ -73,7 +73,9 @@ def main():
         for number, line in enumerate(tqdm(file, "tokenising", unit=" rows", disable=rank > 0), 1):
             with or_fail(f"{args.prompts}, line {number}", "write an object with prompt"):
                 row = json.loads(line)
-                unique.setdefault(json.dumps(row["prompt"]), (row, encode_prompt(tokenizer, row["prompt"])))
+                ids = encode_prompt(tokenizer, row["prompt"])
+                assert ids, "the prompt has no token"
+                unique.setdefault(json.dumps(row["prompt"]), (row, ids))
             if len(unique) == args.num_prompts:
                 break
     rows, prompts = [row for row, _ in unique.values()], [ids for _, ids in unique.values()]
@@ -90,7 +92,7 @@ def main():
     tasks.sort(key=lambda task: task[1][0])
     written = []  # ((prompt, temperature), row)
     for number, (temperature, batch) in tqdm(tasks[rank::world_size], args.generator, disable=rank > 0):
-        torch.manual_seed(args.seed * 1_000_003 + number)
+        torch.manual_seed((args.seed * 1_000_003 + number) % 2**63)
         results = generate(model, [prompts[i] for i in batch], temperature, args.top_p, args.max_new_tokens,
                            ends)
         for i, (ids, ended) in zip(batch, results):

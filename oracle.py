@@ -115,7 +115,8 @@ def main():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (
         (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / decay)))
     engine = make_engine(model, optimizer, schedule, args)
-    check_layout(lm, pairs, args)
+    with or_fail(f"--model {args.model}", "unless memory ran out, take another model type"):
+        check_layout(lm, pairs, args)
     state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
 
     # ---- training
@@ -186,11 +187,8 @@ def set_pad_token(tokenizer, lm):
 # ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
 
 class PairModel(torch.nn.Module):
-    """A causal LM, with a reward head or without, that scores both responses of a pair in one row.
-
-    In bf16 DeepSpeed casts the weights on a GPU. On a CPU they stay fp32, and autocast multiplies in bf16. It
-    caches bf16 copies of the weights until it closes. So each forward() opens it anew: the weights move.
-    """
+    """A causal LM, with a reward head or without, that scores both responses of a pair in one row. In bf16 on
+    a CPU autocast is entered anew in each forward pass: it caches the bf16 weights until it is left."""
 
     def __init__(self, lm, score=None, bf16=False):
         super().__init__()
@@ -201,9 +199,9 @@ class PairModel(torch.nn.Module):
         first. With num_logps 1 logps are of the chosen response alone, (B, 1); with 0 of none, (B, 0)."""
         input_ids, position_ids, segments, eos = collate(pairs, self.lm.device)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.lm.device.type == "cpu"):
-            mask = pair_mask(segments, torch.bfloat16 if self.bf16 else self.lm.dtype)
-            hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
-                                        use_cache=False).last_hidden_state  # (B, T, H)
+            hidden = self.lm.base_model(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=pair_mask(segments),
+                use_cache=False).last_hidden_state  # (B, T, H)
             logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_logps)
         rewards = last_token_rewards(hidden, self.score.weight, eos) if self.score else logps * math.nan
         return logps, rewards
@@ -231,12 +229,11 @@ def collate(pairs, device):
     return [torch.as_tensor(x, device=device) for x in (input_ids, position_ids, segments, eos)]
 
 
-def pair_mask(segments, dtype):
-    """Attention mask (B, 1, T, T), 0 where the query (row) sees the key (column), else the dtype's minimum.
-    Causal. A response sees the prompt and itself, padding sees padding: a row that sees nothing gives NaN."""
+def pair_mask(segments):
+    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). Causal. A response sees
+    the prompt and itself, padding sees padding: a row that sees nothing gives NaN."""
     query, key = segments[:, :, None], segments[:, None, :]
-    blocked = ~((key == 0) | (key == query)).tril()[:, None]
-    return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
+    return ((key == 0) | (key == query)).tril()[:, None]
 
 
 @torch.no_grad()

@@ -53,11 +53,12 @@ def parse_args():
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()
     check_flags(args, "")
+    files = [path for path in (args.data, args.out, args.relabel) if path]
+    if len({*map(os.path.realpath, files)}) < len(files):
+        fail("--data, --out and --relabel: one would overwrite another; name different files")
     for name, path in ("out", args.out), ("relabel", args.relabel or ""):
         if os.path.isdir(path):
             fail(f"--{name} {path} is a folder; name a file in it")
-        if os.path.realpath(path) == os.path.realpath(args.data):
-            fail(f"--{name} {path} would overwrite --data; name another file")
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     return args
 
@@ -91,7 +92,8 @@ def main():
             relabel(args.data, rewards, args.relabel)
             sha256 = hashlib.file_digest(open(args.relabel, "rb"), "sha256").hexdigest()
         with or_fail(f"--out {args.out}.partial", "make room and run again"):
-            torch.save(rewards | {"oracles": args.oracle, "data_sha256": sha256}, args.out + ".partial")
+            oracles = [folder.rstrip("/") for folder in args.oracle]
+            torch.save(rewards | {"oracles": oracles, "data_sha256": sha256}, args.out + ".partial")
         os.replace(args.out + ".partial", args.out)
         pairs = "chosen" in rewards
         margins = rewards["chosen"] - rewards["rejected"] if pairs else rewards["response"]  # (K, N)

@@ -166,6 +166,8 @@ CASES = {
                                          [f"{ANSWERS}, line 3", "TypeError"]),
     "no such key": (f"{JUDGE} --group_by set", {}, ["--group_by set", f"{ANSWERS}, line 1"]),
     "every row too long": (f"{DPO} --max_length 3", {}, [TRAIN, "--max_length 3"]),
+    "a prompt without a token": (ANSWER, {HELD_OUT: row(prompt=" "), "out/drdo/tokenizer_config.json":
+                                          settings(bos_token=None)}, [f"{HELD_OUT}, line 3", "no token"]),
     "every prompt too long": (f"{ANSWER} --max_length 5", {}, [HELD_OUT, "--max_length 5"]),
     "fewer rows than a batch": (f"{DPO} --batch_size 64", {}, [TRAIN, "8 rows", "--batch_size 64"]),
     "no such file": (f"{DPO} --data none.jsonl", {}, ["none.jsonl", "No such file"]),
@@ -256,6 +258,7 @@ CASES = {
     "the data for a file of rewards": (f"{SCORE} --data {TRAIN} --out {TRAIN}", {}, ["--out", "overwrite"]),
     "the data for relabelled data": (f"{SCORE} --data {TRAIN} --relabel ./{TRAIN}", {},
                                      ["--relabel", "overwrite"]),
+    "one file for rewards and pairs": (f"{SCORE} --relabel r.pt --out r.pt", {}, ["--relabel", "overwrite"]),
     "the prompts for answers": (f"{ANSWER} --prompts {TRAIN} --out {TRAIN}", {}, ["--out", "overwrite"]),
     "a folder for generations": (f"{ANSWER} --out out", {}, ["--out out", "folder"]),
     # ---- DeepSpeed's configuration
@@ -289,6 +292,7 @@ ACCEPTED = {
     "an empty response": (*pairs(rejected=""), "8 rows, 0 over"),  # it is EOS alone
     "an unknown role": (*pairs(prompt=[{"role": "narrator", "content": "a"}]), "8 rows, 0 over"),
     "a line of 10 MB": (*pairs(chosen=" i" * 999, note="x" * 10_000_000), "7 rows, 1 over --max_length"),
+    "a time stamp for a seed": (f"{ANSWER} --seed 20261126052423", {}, "responses to"),
     "another program's args.json": (JUDGE, {"out/drdo/args.json": b"[1]"}, "wrote"),
     "rewards that are NaN in one row": (*rewards(chosen=torch.tensor([[NAN] + [0.0] * 7])),
                                         "1 pairs dropped"),

@@ -441,7 +441,7 @@ def test_an_oracle_is_checked_against_labels(tmp_path):
         "all": (6, 4.5 / 6), "chosen longer": (2, 1.0), "chosen shorter": (3, 0.5), "as long": (1, 1.0)}
     low, high = figures["all"]["win_rate_interval"]
     assert 0.3 <= low < 0.75 < high <= 1
-    assert held["notes"] == ["1 of 7 pairs are ties by their labels, and left out"]
+    assert held["notes"] == ["1 of 7 pairs are ties by their labels: left out"]
     assert not list((tmp_path / "out").glob("*.png"))
 
 
