@@ -62,7 +62,7 @@ CELLS = {
     "bradley_terry": cell("bt", methods=DIAL),
     "noisy_all": cell(0.4, methods=DIAL),
     **{f"noisy_all_{who}": cell(0.4, "all", who, methods=DIAL) for who in ("truth", "four_times")},
-    "noisy_lc_le": cell(0.4, "lc_le", methods=[*DIAL, "DRDO (head)"]),
+    "noisy_lc_le": cell(0.4, "lc_le"),
     "noisy_lc_le_truth": cell(0.4, "lc_le", "truth", methods=DIAL),
     "noisy_4_epochs": cell(0.4, "lc_le", steps=48, methods=["DPO", lab.RECOMMENDED])}
 SEEDS, CHOOSING_SEEDS, CHOOSING_CELLS = [0, 1, 2], [90], ["clean_all"]
