@@ -128,7 +128,8 @@ def parse_args():
     flag = parser.add_argument
     flag("--out", type=os.path.abspath, default="out/lab", help="folder to write (default: %(default)s)")
     flag("--choose", action="store_true", help=f"try all settings (default seeds: {CHOOSING_SEEDS})")
-    flag("--terms", action="store_true", help="print the sizes of Eq. 6's terms at policies that are there")
+    flag("--terms", type=int, nargs="?", const=480, metavar="PAIRS",
+         help="print the sizes of Eq. 6's terms over so many pairs (480), at policies that are there")
     flag("--seeds", type=int, nargs="+", help=f"each its own data and base LM (default: {SEEDS})")
     flag("--cells", nargs="+", choices=CELLS, metavar="CELL",
          help=f"of {', '.join(CELLS)} (default: all; with --terms clean_all)")
@@ -151,7 +152,7 @@ def main():
         for name in args.cells or ["clean_all"]:
             cell, methods = CELLS[name], ("SFT", "DRDO (head)", "DRDO (logps)")
             terms(name, {method: [(policy_folder(home, cell, method), *places(home, cell)[2:], seed)
-                                  for seed, home in zip(seeds, homes)] for method in methods})
+                                  for seed, home in zip(seeds, homes)] for method in methods}, args.terms)
         return
     cells = {name: CELLS[name] | {"methods": methods} for name in args.cells or CELLS
              if (methods := [m for m in CELLS[name]["methods"] if m in wanted])}
@@ -537,7 +538,7 @@ def print_settings(method, rates):
         print_row(method, f"{best}`{setting}`{best}", *(f"{rate:.3f}" for rate in (np.mean(row), *row)))
 
 
-def terms(name, policies, pairs=480):
+def terms(name, policies, pairs):
     """Prints what each term of Eq. 6 does on a cell's pairs: its gradient's norm on the LM's weights, and its
     push on z_w and z_l (minus its derivative, mean over pairs). policies: {name: a list, over seeds, of
     (folder or hub name, pairs' file, rewards' file, seed)}."""
