@@ -16,10 +16,8 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 import time
-from contextlib import contextmanager
 
 import deepspeed
 import torch
@@ -27,6 +25,170 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
+
+def main():
+    args = parse_args()
+    device = init_process(args)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    tokenizer, model, ends = load_model(args.model, device, args.dtype)
+    max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
+    rows, prompts = read_prompts(args, tokenizer)
+    kept = [i for i, ids in enumerate(prompts) if len(ids) + args.max_new_tokens <= max_length]
+    if not kept:
+        fail(f"{args.prompts}: none of {len(rows)} prompts fits with --max_new_tokens {args.max_new_tokens} "
+             f"in --max_length {max_length}, or the model's positions; lower the one or raise the other")
+
+    # ---- batches by length, at each temperature; each process gets its share of every temperature
+    kept.sort(key=lambda i: -len(prompts[i]))
+    batches = [kept[i:i + args.micro_batch_size] for i in range(0, len(kept), args.micro_batch_size)]
+    tasks = list(enumerate((temperature, batch) for batch in batches for temperature in args.temperature))
+    tasks.sort(key=lambda task: task[1][0])
+    written = []  # ((prompt, temperature), row)
+    for number, (temperature, batch) in tqdm(tasks[rank::world_size], args.generator, disable=rank > 0):
+        torch.manual_seed((args.seed * 1_000_003 + number) % 2**63)
+        results = generate(model, [prompts[i] for i in batch], temperature, args.top_p, args.max_new_tokens,
+                           ends)
+        for i, (ids, ended) in zip(batch, results):
+            row = {name: value for name, value in rows[i].items() if name not in ("chosen", "rejected")}
+            response = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if tokenizer.chat_template and isinstance(row["prompt"], str) and not row["prompt"][-1].isspace():
+                response = " " + response  # as in a preference file, where prompt + response is the text
+            row |= {"response": response, "temperature": temperature, "generator": args.generator,
+                    "tokens": len(ids), "eos": ended}
+            written.append(((i, temperature), row))
+
+    # ---- save
+    parts = [None] * world_size
+    dist.all_gather_object(parts, written)
+    if rank == 0:
+        written = sorted(sum(parts, []), key=lambda item: item[0])
+        with open(args.out + ".partial", "w", encoding="utf-8", errors="replace") as file:
+            for _, row in written:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(args.out + ".partial", args.out)
+        print(f"{args.out}: {len(written)} responses to {len(kept)} prompts; {len(rows) - len(kept)} "
+              f"prompts over --max_length {max_length} less --max_new_tokens {args.max_new_tokens} dropped")
+
+
+@torch.no_grad()
+def generate(model, prompts, temperature, top_p, max_new_tokens, ends):
+    """Response ids of a batch of prompts (lists of ids), without EOS, and whether each came to its EOS."""
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
+                              pad_token_id=min(ends), do_sample=temperature > 0, **sampling)
+    output = model.generate(input_ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    results = []
+    for ids in output:
+        stop = next((i for i, token in enumerate(ids) if token in ends), None)
+        results.append((ids[:stop], stop is not None))
+    return results
+
+
+def read_prompts(args, tokenizer):
+    """(rows, token ids) of the first --num_prompts prompts of --prompts, each prompt once."""
+    rows, prompts, seen = [], [], set()
+    with open(args.prompts, "rb") as file:
+        for number, line in enumerate(tqdm(file, "tokenising", unit=" rows", disable=dist.get_rank() > 0), 1):
+            try:
+                row = json.loads(line)
+                ids = encode_prompt(tokenizer, row["prompt"])
+            except Exception as error:  # no JSON, no text, what a chat template refuses
+                fail(f"{args.prompts}, line {number}: {type(error).__name__}: {error}; write one JSON object "
+                     "a line, in UTF-8, with prompt")
+            key = json.dumps(row["prompt"])
+            if key not in seen:
+                seen.add(key)
+                rows.append(row)
+                prompts.append(ids)
+            if len(rows) == args.num_prompts:
+                break
+    return rows, prompts
+
+
+def load_model(folder, device, dtype):
+    """The folder's tokenizer, its causal LM in "bf16" or "fp32", and the ids that end a response."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
+                                                           output_loading_info=True)
+        assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
+        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
+    except Exception as error:  # libraries raise anything where a file is damaged
+        fail(f"--model {folder}: {error}; give the folder or the hub name of a whole causal LM")
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    model.generation_config = GenerationConfig()  # a repetition penalty there would sample another policy
+    return tokenizer, model.to(device).eval(), ends
+
+
+# ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    assert "".join(message["content"] for message in messages), "the prompt is empty"
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    if not isinstance(prompt, str):
+        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
+        prompt = "\n\n".join(turns + ["Assistant:\n"])
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = bos + tokenizer(prompt, add_special_tokens=False).input_ids
+    assert ids, "the prompt has no token"
+    return ids
+
+
+def init_process(args):
+    """Joins the processes that `deepspeed` started; under `python` it is alone. Returns the device.
+    Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
+    if "RANK" not in os.environ:
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    deepspeed.utils.logger.setLevel("WARNING")
+    logging.set_verbosity_error()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        device = torch.device("cpu")
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:  # the launcher's processes share the cores
+            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", 1))))
+    deepspeed.init_distributed(verbose=False)
+    if args.dtype == "auto":
+        args.dtype = "bf16" if has_bf16 else "fp32"
+    if dist.get_rank() == 0:
+        print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
+    return device
+
+
+def fail(message):
+    """Ends the program on bad input: one line on stderr, exit status 2. Process 0 prints at once. The others
+    wait: if process 0 has the same error, the launcher ends them first, and the line appears once."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)
+    tqdm.write(f"error: {' '.join(str(message).split()):.600}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_flags(args, may_be_zero):
+    """Fails where a number is not above 0 and finite. Flags named in `may_be_zero`, and a seed, may be 0."""
+    for name, values in vars(args).items():
+        zero_too = name in [*may_be_zero.split(), "seed", "local_rank"]
+        for value in values if isinstance(values, list) else [values]:
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
+                fail(f"--{name} {value}: give a finite number {'of 0 or more' if zero_too else 'above 0'}")
+
+
+# ---- flags -------------------------------------------------------------------------------------------------
 
 def parse_args():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
@@ -62,165 +224,9 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
-    device, rank, world_size = init_process(args)
-    tokenizer, model, ends = load_model(args.model, device, args.dtype)
-
-    # ---- prompts, each once, without those that are too long
-    unique = {}  # {prompt: (its row, its token ids)}
-    with or_fail(args.prompts, "name a UTF-8 JSONL file"), open(args.prompts, encoding="utf-8-sig") as file:
-        for number, line in enumerate(tqdm(file, "tokenising", unit=" rows", disable=rank > 0), 1):
-            with or_fail(f"{args.prompts}, line {number}", "write an object with prompt"):
-                row = json.loads(line)
-                ids = encode_prompt(tokenizer, row["prompt"])
-                assert ids, "the prompt has no token"
-                unique.setdefault(json.dumps(row["prompt"]), (row, ids))
-            if len(unique) == args.num_prompts:
-                break
-    rows, prompts = [row for row, _ in unique.values()], [ids for _, ids in unique.values()]
-    max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
-    kept = [i for i, ids in enumerate(prompts) if len(ids) + args.max_new_tokens <= max_length]
-    if not kept:
-        fail(f"{args.prompts}: none of {len(rows)} prompts fits with --max_new_tokens {args.max_new_tokens} "
-             f"in --max_length {max_length}, or the model's positions; lower the one or raise the other")
-
-    # ---- batches by length, at each temperature; each process gets its share of every temperature
-    kept.sort(key=lambda i: -len(prompts[i]))
-    batches = [kept[i:i + args.micro_batch_size] for i in range(0, len(kept), args.micro_batch_size)]
-    tasks = list(enumerate((temperature, batch) for batch in batches for temperature in args.temperature))
-    tasks.sort(key=lambda task: task[1][0])
-    written = []  # ((prompt, temperature), row)
-    for number, (temperature, batch) in tqdm(tasks[rank::world_size], args.generator, disable=rank > 0):
-        torch.manual_seed((args.seed * 1_000_003 + number) % 2**63)
-        results = generate(model, [prompts[i] for i in batch], temperature, args.top_p, args.max_new_tokens,
-                           ends)
-        for i, (ids, ended) in zip(batch, results):
-            row = {name: value for name, value in rows[i].items() if name not in ("chosen", "rejected")}
-            response = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            if tokenizer.chat_template and isinstance(row["prompt"], str) and not row["prompt"][-1].isspace():
-                response = " " + response  # as in a preference file, where prompt + response is the text
-            row |= {"response": response, "temperature": temperature, "generator": args.generator,
-                    "tokens": len(ids), "eos": ended}
-            written.append(((i, temperature), row))
-
-    # ---- save
-    parts = [None] * world_size
-    dist.all_gather_object(parts, written)
-    if rank == 0:
-        with open(args.out + ".partial", "w", encoding="utf-8", errors="replace") as file:
-            for _, row in sorted(sum(parts, []), key=lambda item: item[0]):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(args.out + ".partial", args.out)
-        print(f"{args.out}: {sum(map(len, parts))} responses to {len(kept)} prompts; {len(rows) - len(kept)} "
-              f"prompts over --max_length {max_length} less --max_new_tokens {args.max_new_tokens} dropped")
-    dist.destroy_process_group()
-
-
-def load_model(folder, device, dtype):
-    """The folder's tokenizer, its causal LM in "bf16" or "fp32", and the ids that end a response."""
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    with or_fail(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
-                                                           output_loading_info=True)
-        assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
-        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
-    ends = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig()  # a repetition penalty there would sample another policy
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    return tokenizer, model.to(device).eval(), ends
-
-
-@torch.no_grad()
-def generate(model, prompts, temperature, top_p, max_new_tokens, ends):
-    """Response ids of a batch of prompts (lists of ids), without EOS, and whether each came to its EOS."""
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
-                              pad_token_id=min(ends), do_sample=temperature > 0, **sampling)
-    output = model.generate(input_ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
-    stops = [next((i for i, token in enumerate(ids) if token in ends), None) for ids in output]
-    return [(ids[:stop], stop is not None) for ids, stop in zip(output, stops)]
-
-
-# ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
-
-def fail(message):
-    """Ends the program on bad input: one line on stderr, exit status 2. Process 0 prints at once. The others
-    wait: if process 0 has the same error, the launcher ends them first, and the line appears once."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(10)
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
-    sys.exit(2)
-
-
-@contextmanager
-def or_fail(what, mend, errors=Exception):
-    """Turns an error inside into one line for the user: libraries raise anything where a file is damaged."""
-    try:
-        yield
-    except errors as error:
-        fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.300}); {mend}")
-
-
-def check_flags(args, may_be_zero):
-    """Fails where a number is not above 0 and finite. Flags named in `may_be_zero`, and a seed, may be 0."""
-    for name, values in vars(args).items():
-        zero_too = name in [*may_be_zero.split(), "seed", "local_rank"]
-        for value in values if isinstance(values, list) else [values]:
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero_too):
-                fail(f"--{name} {value}: give a finite number {'of 0 or more' if zero_too else 'above 0'}")
-
-
-def init_process(args):
-    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)
-    Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
-    if "RANK" not in os.environ:
-        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    deepspeed.utils.logger.setLevel("WARNING")
-    logging.set_verbosity_error()
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        device, cpu = torch.device("cpu"), torch.cpu.get_capabilities()
-        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:  # the launcher's processes share the cores
-            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", 1))))
-    deepspeed.init_distributed(verbose=False)
-    if dist.get_world_size() > 1:  # if another process has failed, the launcher ends this one meanwhile
-        sys.excepthook = lambda *error: (time.sleep(10), sys.__excepthook__(*error))
-    if args.dtype == "auto":
-        args.dtype = "bf16" if has_bf16 else "fp32"
-    if dist.get_rank() == 0:
-        print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
-    return device, dist.get_rank(), dist.get_world_size()
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    assert "".join(message["content"] for message in messages), "the prompt is empty"
-    if tokenizer.chat_template:  # code that came with a model: an endless loop ends after 30 seconds
-        signal.signal(signal.SIGALRM, lambda *_: fail("the chat template takes over 30 s; mend it"))
-        signal.alarm(30)
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        signal.alarm(0)
-        return ids
-    if not isinstance(prompt, str):
-        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
-        prompt = "\n\n".join(turns + ["Assistant:\n"])
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + tokenizer(prompt, add_special_tokens=False).input_ids
-
-
 if __name__ == "__main__":
-    with or_fail("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
+    try:
         main()
+    except OSError as error:  # a file that is missing, a full disk, no permission
+        fail(error)
+    dist.destroy_process_group()

@@ -5,7 +5,7 @@ Plain functions of tensors. Copy this file into your project: it needs torch alo
 
     logps = response_logps(hidden, lm_head, input_ids, segments)  # (B, 2)
     rewards = last_token_rewards(hidden, score_weight, last)      # (B, 2)
-    loss = drdo_loss(*logps.unbind(1), *rewards.unbind(1), oracle_chosen, oracle_rejected).mean()
+    loss, _, _ = drdo_loss(*logps.unbind(1), *rewards.unbind(1), oracle_chosen, oracle_rejected)  # (B,)
 
 Notation: x is a prompt, y_w / y_l its chosen / rejected response. z = log pi(y|x) is the *sum* of the
 log-probs of the response's tokens, EOS included, so z <= 0. sigma is the logistic function.
@@ -88,11 +88,14 @@ def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_reje
     with p_w = sigma(z_w - z_l). The first term is `distillation_loss`, the reward difference. The second is
     `contrastive_loss`, the focal contrastive log-unlikelihood. Its sign is the paper's. At a fixed focal
     factor it slightly raises pi(y_l|x), despite its name: its gradient in z_l is about -pi(y_l|x), nearly 0.
+
     All are (B,); preference_logits as in `contrastive_loss`.
+    Returns: the loss, then its two terms, (B,) each. The loss is the sum of the terms.
     """
     distillation = distillation_loss(student_chosen_rewards, student_rejected_rewards,
                                      oracle_chosen_rewards, oracle_rejected_rewards)
-    return distillation + alpha * contrastive_loss(chosen_logps, rejected_logps, gamma, preference_logits)
+    contrastive = alpha * contrastive_loss(chosen_logps, rejected_logps, gamma, preference_logits)
+    return distillation + contrastive, distillation, contrastive
 
 
 def distillation_loss(student_chosen_rewards, student_rejected_rewards,

@@ -1,15 +1,22 @@
 """Trains the Oracle: a causal LM with a reward head beside its LM head, by Eq. 5 of DRDO (arXiv 2410.08458).
 
-In:   a causal LM, data/all/train.jsonl (prompt, chosen, rejected)
-Out:  out/oracle/: model and tokenizer (the head inside, as score.weight), args.json, log.jsonl;
-      checkpoint/ while it runs
+In:   a causal LM; data/all/train.jsonl (prompt, chosen, rejected)
+Out:  out/oracle/: model (the head inside, as score.weight), tokenizer, args.json, log.jsonl; checkpoint/
+      while it runs
 
     deepspeed oracle.py                                              # the Oracle: alpha 0.01
+    deepspeed oracle.py --resume                                     # goes on from the last checkpoint
     for k in 1 2 3; do deepspeed oracle.py --alpha 0 --seed $k --out out/reward_model_$k; done      # e-DPO's
     deepspeed --num_gpus 2 oracle.py --model facebook/opt-1.3b --gradient_checkpointing
 
-The way of one pair: Rows (encode_prompt, encode_response) -> PairModel (collate, pair_mask, response_logps,
-last_token_rewards) -> loss_and_metrics (losses.py) -> engine.backward and step.
+A pair is one row of tokens, as in align.py. Prompt a b c, chosen d E, rejected e E (E: EOS):
+
+    token       a   b | c   d   E | c   e   E       c stands twice: it predicts d, and it predicts e
+    segment     0   0 | 1   1   1 | 2   2   2       a token sees segment 0 and its own, up to itself
+    position    0   1 | 2   3   4 | 2   3   4       the rewards are read at the two E
+
+The path of a pair: a JSON row -> encode_prompt, encode_response: ids -> collate: (B, T) -> the LM's hidden
+states: (B, T, H) -> response_logps, last_token_rewards: (B, 2) -> loss_and_metrics: (B,) -> engine.backward.
 
 The folder loads as AutoModelForCausalLM and as AutoModelForSequenceClassification, with equal rewards, read
 at EOS. The seed draws the head and the order of the data: an ensemble's members differ in both.
@@ -18,17 +25,14 @@ Where the paper leaves a choice: the LM term log(y_w) is summed over the respons
 it (--lm_term mean averages it). The model starts from the SFT policy. The head is drawn from N(0, 1/(H+1)).
 """
 import argparse
-import copyreg
 import hashlib
 import json
 import math
 import os
 import shutil
-import signal
 import sys
-import tempfile
 import time
-from contextlib import contextmanager
+from array import array
 from glob import glob
 from itertools import islice
 
@@ -36,7 +40,6 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from tqdm import tqdm
 from transformers import (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForCausalLM,
                           AutoTokenizer, logging)
@@ -44,132 +47,149 @@ from transformers import (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig,
 from losses import last_token_rewards, oracle_loss, response_logps
 
 
-def parse_args():
-    formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
-    flag = parser.add_argument_group("method").add_argument
-    flag("--alpha", type=float, default=0.01, help="Eq. 5's weight of the LM term; 0 is Eq. 2")
-    flag("--lm_term", choices=["sum", "mean"], default="sum", help="log(y_w) over the response's tokens")
-    flag = parser.add_argument_group("data and model").add_argument
-    flag("--model", default="out/sft", help="where the Oracle starts: a folder or a hub name")
-    flag("--data", default="data/all/train.jsonl", help="preference JSONL to train on")
-    flag("--eval_data", default="data/all/validation.jsonl", help="held-out preference JSONL; '' for none")
-    flag("--out", default="out/oracle", help="folder to write")
-    flag("--max_length", type=int, default=1024, help="drop pairs whose prompt + response has more tokens")
-    flag = parser.add_argument_group("optimisation").add_argument
-    flag("--batch_size", type=int, default=64, help="pairs per optimizer step, over all processes")
-    flag("--micro_batch_size", type=int, help="pairs per forward pass, on one process; None: at most 8")
-    flag("--learning_rate", type=float, default=1e-5, help="peak, after warm-up; then cosine to 0")
-    flag("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
-    flag("--warmup_steps", type=int, help="linear warm-up; None: a tenth of the run, at most 100")
-    flag("--max_steps", type=int, help="optimizer steps; None: what --epochs takes")
-    flag("--epochs", type=float, help="passes over the data, in place of --max_steps; None: 1")
-    flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
-    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
-    flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, offloading, gradient clipping")
-    flag = parser.add_argument_group("logging and checkpoints").add_argument
-    flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
-    flag("--eval_rows", type=int, default=1000, help="evaluate on so many rows of --eval_data; 0: on all")
-    flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
-    flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
-    flag("--resume", action="store_true", help="go on from <out>/checkpoint; repeat its run's flags")
-    flag("--seed", type=int, default=0, help="initialisation of the head and order of the data")
-    flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
-    args = parser.parse_args()
-    check_flags(args, "alpha weight_decay warmup_steps eval_rows save_steps")
-    if args.alpha > 1:
-        fail(f"--alpha {args.alpha}: it weighs the LM term against the rest; give a number from 0 to 1")
-    args.epochs = args.epochs or (None if args.max_steps else 1.0)
-    return args
-
-
-def main():
-    args = parse_args()
-    device, rank, world_size = init_process(args)
-    torch.manual_seed(args.seed)
-
-    # ---- model and data
-    tokenizer, lm = load_model(args.model)
-    if type(lm.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # an Oracle is loaded as one
-        fail(f"--model {args.model}: Transformers has no sequence classifier of its kind; take another model")
-    set_pad_token(tokenizer, lm)
-    args.max_length = min(args.max_length, getattr(lm.config, "max_position_embeddings", None) or math.inf)
-    keys = ["chosen", "rejected"]
-    pairs = Rows(args.data, keys, tokenizer, args.max_length)
-    eval_pairs = args.eval_data and Rows(args.eval_data, keys, tokenizer, args.max_length, args.eval_rows)
-    row_tokens, chosen_tokens = pairs.lengths.sum(1), torch.tensor(pairs.lengths[:, 1])  # (N,), (N,)
-    steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, over all processes
-
-    # ---- reward head, optimizer, engine
-    width = lm.get_output_embeddings().weight.shape[1]  # H; OPT projects its hidden states to this width
-    lm.score, lm.config.num_labels = torch.nn.Linear(width, 1, bias=False), 1  # inside the LM: saved with it
-    torch.nn.init.normal_(lm.score.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, arXiv 2009.01325
-    if args.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = PairModel(lm, lm.score, bf16=args.dtype == "bf16")
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms
-    groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
-    warmup, decay = args.warmup_steps, max(1, args.max_steps - args.warmup_steps)  # then a cosine to 0
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (
-        (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / decay)))
-    engine = make_engine(model, optimizer, schedule, args)
-    with or_fail(f"--model {args.model}", "unless memory ran out, take another model type"):
-        check_layout(lm, pairs, args)
-    state = start_run(engine, args)  # --resume: loads the last checkpoint into the engine
-
-    # ---- training
-    num_logps = 1 if args.alpha else 0  # Eq. 5 takes log pi of the chosen response alone
-    window, tokens, start, done = [], 0, time.time(), state["step"]
-    bar = tqdm(steps[done:], "oracle", initial=done, total=args.max_steps, disable=rank > 0)
-    for step, rows in enumerate(bar, done + 1):
-        learning_rate = optimizer.param_groups[0]["lr"]
-        for micro in rows.reshape(-1, world_size, args.micro_batch_size)[:, rank]:  # this process's share
-            logps, rewards = engine([pairs[i] for i in micro], num_logps=num_logps)
-            loss, metrics = loss_and_metrics(args, logps, rewards, chosen_tokens[micro].to(device))
-            engine.backward(loss.mean())
-            engine.step()  # the weights move after the step's last micro-batch
-            window.append(metrics)
-        tokens += row_tokens[rows].sum()
-        grad_norm = float(engine.get_global_grad_norm())  # before clipping
-        if engine.skipped_steps or not 0 <= grad_norm < math.inf:  # DeepSpeed's -1 stands for NaN
-            fail(f"step {step}: the loss or its gradient is not finite; lower --learning_rate, or look at "
-                 f"{args.data}, lines {sorted(pairs.lines[rows].tolist())}")
-
-        evaluates = eval_pairs and (step % args.eval_steps == 0 or step == args.max_steps)
-        saves = args.save_steps and step % args.save_steps == 0
-        if evaluates or saves or step in (1, args.max_steps) or step % args.log_steps == 0:
-            log(args, step, window, epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
-                grad_norm=grad_norm, tokens_per_second=tokens / (time.time() - start))
-            if evaluates:
-                scores = score_all(model, eval_pairs, args, "evaluating")
-                _, metrics = loss_and_metrics(args, *scores, torch.tensor(eval_pairs.lengths[:, 1]))
-                log(args, step, [metrics], prefix="eval_")
-            if saves:
-                save_checkpoint(engine, args, state | {"step": step})
-            window, tokens, start = [], 0, time.time()
-    dist.barrier()  # with no steps left after --resume another process may still read the checkpoint
-    save_model(lm, tokenizer, args.out)
-    dist.destroy_process_group()
-
+# ---- the loss ----------------------------------------------------------------------------------------------
 
 def loss_and_metrics(args, logps, rewards, chosen_tokens):
     """Eq. 5 of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l rejected.
 
     logps: log pi(y|x), w's first, (B, 0 to 2). rewards: of (w, l), (B, 2). chosen_tokens: (B,).
     """
-    reward_w, reward_l = rewards.unbind(1)
-    bradley_terry = oracle_loss(reward_w, reward_l, None, alpha=0)  # Eq. 2
+    rewards_w, rewards_l = rewards.unbind(1)
+    bradley_terry = oracle_loss(rewards_w, rewards_l, None, alpha=0)  # Eq. 2
     loss, metrics = bradley_terry, {}
     if args.alpha:
-        lm_term = logps[:, 0] / chosen_tokens if args.lm_term == "mean" else logps[:, 0]
-        loss = oracle_loss(reward_w, reward_l, lm_term, args.alpha)
-        metrics["logps/chosen"] = logps[:, 0]
-    metrics |= {"loss": loss, "loss/bradley_terry": bradley_terry, "rewards/chosen": reward_w,
-                "rewards/rejected": reward_l, "rewards/accuracies": (reward_w > reward_l).float(),
-                "rewards/margins": reward_w - reward_l}
+        logps_w = logps[:, 0]
+        lm_term = logps_w / chosen_tokens if args.lm_term == "mean" else logps_w
+        loss = oracle_loss(rewards_w, rewards_l, lm_term, args.alpha)
+        metrics["logps/chosen"] = logps_w
+    metrics |= {"loss": loss, "loss/bradley_terry": bradley_terry, "rewards/chosen": rewards_w,
+                "rewards/rejected": rewards_l, "rewards/accuracies": (rewards_w > rewards_l).float(),
+                "rewards/margins": rewards_w - rewards_l}
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+# ---- the row and the model: as in align.py -----------------------------------------------------------------
+
+class PairModel(torch.nn.Module):
+    """A causal LM, with a reward head or without, that scores both responses of a pair in one row."""
+
+    def __init__(self, lm, head=None, bf16=False):
+        super().__init__()
+        self.lm = lm
+        self.head = head
+        self.bf16 = bf16
+
+    def forward(self, pairs, num_logps=2):
+        """(logps, rewards) of B pairs, lists of token ids [prompt, chosen, rejected]: (B, 2) each, chosen
+        first. Without a head rewards are NaN. With num_logps 1 logps are of the chosen response alone."""
+        input_ids, position_ids, segments, ends = collate(pairs, self.lm.device)
+        # entered anew in each forward pass: autocast keeps its bf16 copies of the weights until it is left
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.lm.device.type == "cpu"):
+            hidden = self.lm.base_model(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=pair_mask(segments),
+                use_cache=False).last_hidden_state  # (B, T, H)
+            logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_logps)
+        rewards = last_token_rewards(hidden, self.head.weight, ends) if self.head else logps * math.nan
+        return logps, rewards
+
+
+def collate(rows, device):
+    """A batch of rows [prompt less its last token | last + y1 | last + y2 | ...], padded right by zeros.
+
+    rows: lists of arrays of token ids, [prompt, y1, y2, ...]. `last` is a copy of the prompt's last token, at
+    its position in the prompt.
+    Returns integer tensors: input_ids, position_ids, segments (0: prompt, k: the k-th response, -1: padding),
+    (B, T) each; ends, the positions of each response's last token, EOS, where rewards are read, (B, R).
+    """
+    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)
+    width += -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
+    input_ids = np.zeros((len(rows), width), int)
+    position_ids = np.zeros((len(rows), width), int)
+    segments = np.full((len(rows), width), -1)
+    ends = np.zeros((len(rows), len(rows[0]) - 1), int)
+    for i, (prompt, *responses) in enumerate(rows):
+        last = end = len(prompt) - 1
+        input_ids[i, :last] = prompt[:-1]
+        position_ids[i, :last] = np.arange(last)
+        segments[i, :last] = 0
+        for k, response in enumerate(responses, 1):
+            start, end = end, end + 1 + len(response)
+            input_ids[i, start:end] = np.append(prompt[-1], response)
+            position_ids[i, start:end] = np.arange(last, last + end - start)
+            segments[i, start:end] = k
+            ends[i, k - 1] = end - 1
+    return [torch.as_tensor(x, device=device) for x in (input_ids, position_ids, segments, ends)]
+
+
+def pair_mask(segments):
+    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). Causal. A response sees
+    the prompt and itself. Padding sees padding: a query that sees nothing gives NaN."""
+    query = segments[:, :, None]
+    key = segments[:, None, :]
+    return ((key == 0) | (key == query)).tril()[:, None]
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+def main():
+    args = parse_args()
+    device = init_process(args)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+
+    # ---- the LM, and the pairs
+    tokenizer, lm = load_model(args.model, device)
+    if type(lm.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # an Oracle is loaded as one
+        fail(f"--model {args.model}: Transformers has no sequence classifier of its kind; take another model")
+    set_pad_token(tokenizer, lm)
+    keys = ["chosen", "rejected"]
+    pairs = Rows(args.data, keys, tokenizer, lm, args.max_length)
+    eval_pairs = args.eval_data and Rows(args.eval_data, keys, tokenizer, lm, args.max_length, args.eval_rows)
+    row_tokens = pairs.lengths.sum(1)  # (N,)
+    chosen_tokens = torch.tensor(pairs.lengths[:, 1])  # (N,)
+    steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the pairs of each step, by the seed alone
+
+    # ---- the reward head, the engine
+    torch.manual_seed(args.seed)
+    width = lm.get_output_embeddings().weight.shape[1]  # H; OPT projects its hidden states to this width
+    lm.score = torch.nn.Linear(width, 1, bias=False)  # inside the LM: saved with it
+    lm.config.num_labels = 1
+    torch.nn.init.normal_(lm.score.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, arXiv 2009.01325
+    check_layout(lm, pairs, args)
+    model = PairModel(lm, lm.score, bf16=args.dtype == "bf16")
+    engine = make_engine(model, args)  # AdamW under ZeRO-2
+    state = start_run(engine, args, pairs, eval_pairs)  # step 0; with --resume that of the last checkpoint
+
+    num_logps = 1 if args.alpha else 0  # Eq. 5 takes log pi of the chosen response alone
+    window = []  # metrics since the last line of the log
+    tokens = 0
+    start = time.time()
+    bar = tqdm(steps[state["step"]:], args.out, args.max_steps, initial=state["step"], disable=rank > 0)
+    for step, batch in enumerate(bar, state["step"] + 1):
+        learning_rate = set_learning_rate(engine, step, args)
+        for micro in batch.reshape(-1, world_size, args.micro_batch_size)[:, rank]:  # this process's share
+            logps, rewards = engine([pairs[i] for i in micro], num_logps=num_logps)  # (B, 1), (B, 2)
+            loss, metrics = loss_and_metrics(args, logps, rewards, chosen_tokens[micro].to(device))
+            engine.backward(loss.mean())
+            engine.step()  # the weights move after the step's last micro-batch
+            window.append(metrics)
+        tokens += row_tokens[batch].sum()
+        grad_norm = check_gradient(engine, step, pairs.lines[batch], args)
+
+        evaluates = step % args.eval_steps == 0 or step == args.max_steps
+        saves = args.save_steps and step % args.save_steps == 0
+        if evaluates or saves or step == 1 or step % args.log_steps == 0:
+            log(args, step, window, epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
+                grad_norm=grad_norm, tokens_per_second=tokens / (time.time() - start))
+            if evaluates and eval_pairs:
+                logps, rewards = score_all(model, eval_pairs, range(len(eval_pairs)), args, "evaluating")
+                _, metrics = loss_and_metrics(args, logps, rewards, torch.tensor(eval_pairs.lengths[:, 1]))
+                log(args, step, [metrics], prefix="eval_")
+            if saves:
+                save_checkpoint(engine, args, state | {"step": step})
+            window = []
+            tokens = 0
+            start = time.time()
+    save_model(lm, tokenizer, args.out)
 
 
 def set_pad_token(tokenizer, lm):
@@ -184,205 +204,220 @@ def set_pad_token(tokenizer, lm):
     lm.config.pad_token_id = tokenizer.pad_token_id
 
 
-# ---- copies: the stages share what follows to the letter (tests/test_copies.py) ----------------------------
-
-class PairModel(torch.nn.Module):
-    """A causal LM, with a reward head or without, that scores both responses of a pair in one row. In bf16 on
-    a CPU autocast is entered anew in each forward pass: it caches the bf16 weights until it is left."""
-
-    def __init__(self, lm, score=None, bf16=False):
-        super().__init__()
-        self.lm, self.score, self.bf16 = lm, score, bf16
-
-    def forward(self, pairs, num_logps=2):
-        """(logps, rewards) of B pairs, lists of token ids [prompt, chosen, rejected]: (B, 2) each, chosen
-        first. With num_logps 1 logps are of the chosen response alone, (B, 1); with 0 of none, (B, 0)."""
-        input_ids, position_ids, segments, eos = collate(pairs, self.lm.device)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.lm.device.type == "cpu"):
-            hidden = self.lm.base_model(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=pair_mask(segments),
-                use_cache=False).last_hidden_state  # (B, T, H)
-            logps = response_logps(hidden, self.lm.get_output_embeddings(), input_ids, segments, num_logps)
-        rewards = last_token_rewards(hidden, self.score.weight, eos) if self.score else logps * math.nan
-        return logps, rewards
-
-
-def collate(pairs, device):
-    """A batch of rows [prompt less its last token | last + chosen | last + rejected], padded right by zeros.
-
-    `last` is a copy of the prompt's last token before each response, at its position in the prompt. It
-    predicts the response's first token. Each later token is predicted by its left neighbour. The rejected
-    response sees the prompt, but not the chosen one.
-    Returns integer tensors: input_ids, position_ids, segments (0 prompt, 1 chosen, 2 rejected, -1 padding),
-    (B, T) each; and the positions of both EOS, where rewards are read, (B, 2).
-    """
-    width = 1 + max(sum(map(len, pair)) for pair in pairs)
-    shape = len(pairs), width + -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
-    input_ids, segments = np.zeros(shape, int), np.full(shape, -1)
-    position_ids, eos = np.zeros(shape, int), np.zeros((len(pairs), 2), int)
-    for i, (prompt, chosen, rejected) in enumerate(pairs):
-        p, c, r = len(prompt) - 1, len(chosen) + 1, len(rejected) + 1  # + 1: the copy of `last`
-        input_ids[i, :p + c + r] = np.concatenate([prompt, chosen, prompt[-1:], rejected])
-        position_ids[i, :p + c + r] = np.concatenate([np.arange(p + c), np.arange(p, p + r)])
-        segments[i, :p + c + r] = np.repeat([0, 1, 2], [p, c, r])
-        eos[i] = p + c - 1, p + c + r - 1
-    return [torch.as_tensor(x, device=device) for x in (input_ids, position_ids, segments, eos)]
-
-
-def pair_mask(segments):
-    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). Causal. A response sees
-    the prompt and itself, padding sees padding: a row that sees nothing gives NaN."""
-    query, key = segments[:, :, None], segments[:, None, :]
-    return ((key == 0) | (key == query)).tril()[:, None]
-
+# ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
 
 @torch.no_grad()
-def check_layout(lm, pairs, args):
-    """Fails where a response's log-prob in a pair's row is not that of the model's own forward. Such a model
-    ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
-    prompt, *responses = pair = pairs[(pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).argmax()]  # longest
-    for response, logp in zip(responses, PairModel(lm)([pair])[0][0]):
-        ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long, device=logp.device)
-        logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
-        own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
-        # bf16 keeps 8 bits. Its errors are random, so their sum grows as the root of the number of tokens
-        tolerance = 0.001 * len(response) if lm.dtype.itemsize >= 4 else 0.5 + 0.5 * len(response) ** 0.5
-        if not abs(own - logp) <= tolerance:  # NaN too
-            fail(f"--model {args.model}: log pi(y|x) of a response is {own:.2f} by the model's own forward "
-                 f"and {logp:.2f} in the row of a pair; take another model type, or a smaller --max_length")
-
-
-@torch.no_grad()
-def score_all(model, pairs, args, description, rows=None):
-    """(logps, rewards) of the pairs, (N, 2) each, on the CPU. If `rows` is given, only those are scored, and
-    the others stay 0. The pairs are sorted by length and shared out among the processes."""
+def score_all(model, pairs, rows, args, description):
+    """(logps, rewards) of the pairs whose numbers are in `rows`, NaN for the others: (N, 2) each, on the CPU.
+    They are sorted by length and shared out among the processes."""
     scores = torch.zeros(2, len(pairs), 2, device=model.lm.device)
-    order = sorted(range(len(pairs)) if rows is None else rows, key=lambda i: -pairs.lengths[i].sum())
+    order = sorted(rows, key=lambda i: -pairs.lengths[i].sum())
     micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0, leave=False):
         scores[:, micro] = torch.stack(model([pairs[i] for i in micro]))
     dist.all_reduce(scores)
+    scores[:, np.setdiff1d(np.arange(len(pairs)), rows)] = math.nan
     return scores.cpu()
 
 
-class Rows:
-    """Token ids of a JSONL file's rows that fit in max_length. They lie in a temporary file, so that memory
-    does not grow. rows[i] is a list of int32 arrays: the prompt, and the responses under `keys`.
-    lines: (N,), line numbers in the file. lengths: (N, 1 + responses), tokens of each, EOS included."""
+@torch.no_grad()
+def check_layout(lm, pairs, args):
+    """Fails where a response's log-prob in the row of a pair is not that of the model's own forward. Such a
+    model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
+    longest = (pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).argmax()
+    prompt, *responses = pairs[longest]
+    try:
+        logps, _ = PairModel(lm)([pairs[longest]])
+        for response, logp in zip(responses, logps[0]):
+            ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long, device=lm.device)
+            logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (R, V)
+            own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
+            assert abs(own - logp) <= 0.001 * len(response), (  # NaN too
+                f"log pi(y|x) of a response is {own:.2f} by its own forward, {logp:.2f} in the row of a pair")
+    except Exception as error:  # models break in many ways on a mask or a position they do not know
+        fail(f"--model {args.model}: {error}; take another model type, or a smaller --max_length")
 
-    def __init__(self, path, keys, tokenizer, max_length, limit=0):
-        number, lines, lengths, ids = 0, [], [], tempfile.TemporaryFile()
-        with or_fail(path, "name a UTF-8 JSONL file"), open(path, encoding="utf-8-sig") as file:
+
+class Rows:
+    """Token ids of a JSONL file's rows that fit in max_length and the model, in one flat int32 array.
+
+    rows[i] is a list of arrays: the prompt, and the responses under `keys`. lines: (N,), line numbers in the
+    file. lengths: (N, 1 + responses), tokens of each, EOS included. sha256: the hash of what was read.
+    """
+
+    def __init__(self, path, keys, tokenizer, lm, max_length, limit=0):
+        max_length = min(max_length, getattr(lm.config, "max_position_embeddings", None) or math.inf)
+        number, lines, lengths, flat = 0, [], [], array("i")
+        with open(path, "rb") as file:
             bar = tqdm(islice(file, limit or None), "tokenising", unit=" rows", disable=dist.get_rank() > 0)
             for number, line in enumerate(bar, 1):
-                with or_fail(f"{path}, line {number}", f"write an object with prompt, {', '.join(keys)}"):
+                try:
                     row = json.loads(line)
-                    texts = [encode_prompt(tokenizer, row["prompt"])]
-                    assert texts[0], "the prompt has no token"
-                    texts += [encode_response(tokenizer, row[key]) for key in keys]
-                if len(texts[0]) + max(map(len, texts[1:])) <= max_length:
-                    ids.write(np.array(sum(texts, []), np.int32))
+                    ids = [encode_prompt(tokenizer, row["prompt"])]
+                    ids += [encode_response(tokenizer, row[key]) for key in keys]
+                except Exception as error:  # no JSON, no text, what a chat template refuses
+                    fail(f"{path}, line {number}: {type(error).__name__}: {error}; write one JSON object a "
+                         f"line, in UTF-8, with prompt, {', '.join(keys)}")
+                if len(ids[0]) + max(map(len, ids[1:])) <= max_length:
                     lines.append(number)
-                    lengths.append([len(text) for text in texts])
+                    lengths.append([len(part) for part in ids])
+                    for part in ids:
+                        flat.extend(part)
         if not lines:
             fail(f"{path}: none of {number} rows fits in --max_length {max_length} or the model's positions")
         if dist.get_rank() == 0:
             print(f"{path}: {len(lines)} rows, {number - len(lines)} over --max_length {max_length} dropped")
-        ids.flush()
-        self.ids, self.lines, self.lengths = np.memmap(ids, np.int32, "r"), np.array(lines), np.array(lengths)
-        self.ends = self.lengths.sum(1).cumsum()
+        self.ids = np.frombuffer(flat, np.int32)
+        self.lines = np.array(lines)
+        self.lengths = np.array(lengths)
+        self.starts = self.lengths.sum(1).cumsum() - self.lengths.sum(1)
+        self.sha256 = hashlib.sha256(self.ids)
+        self.sha256.update(self.lengths)
+
+    def keep(self, kept):
+        """Leaves out the rows where `kept`, (N,), is False."""
+        self.lines, self.lengths, self.starts = self.lines[kept], self.lengths[kept], self.starts[kept]
 
     def __len__(self):
         return len(self.lines)
 
     def __getitem__(self, i):
-        row = np.array(self.ids[self.ends[i] - self.lengths[i].sum():self.ends[i]])
+        row = self.ids[self.starts[i]:self.starts[i] + self.lengths[i].sum()]
         return np.split(row, self.lengths[i].cumsum()[:-1])
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    assert "".join(message["content"] for message in messages), "the prompt is empty"
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    if not isinstance(prompt, str):
+        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
+        prompt = "\n\n".join(turns + ["Assistant:\n"])
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = bos + tokenizer(prompt, add_special_tokens=False).input_ids
+    assert ids, "the prompt has no token"
+    return ids
+
+
+def encode_response(tokenizer, response):
+    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
+    a chat template a response loses the leading space that separates it from a plain-text prompt."""
+    assert isinstance(response, str), "a response is no text"
+    response = response.removeprefix(" ") if tokenizer.chat_template else response
+    return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
 def plan_steps(row_tokens, args):
     """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor
     --resume change them. Within a step the longest come first, so that a micro-batch holds little padding.
     Sets the defaults of --micro_batch_size, --max_steps and --warmup_steps."""
-    num_rows, world_size, size = len(row_tokens), dist.get_world_size(), args.batch_size
-    fitting = [n for n in range(1, 9) if size % (n * world_size) == 0]
+    num_rows, size = len(row_tokens), args.batch_size
+    fitting = [n for n in range(1, 9) if size % (n * args.processes) == 0]
     args.micro_batch_size = args.micro_batch_size or max(fitting, default=1)
-    if args.max_steps and args.epochs:
-        fail("--max_steps and --epochs both say how long to train; give one of them")
-    if size % (args.micro_batch_size * world_size):
+    if size % (args.micro_batch_size * args.processes):
         fail(f"--batch_size {size} is no multiple of --micro_batch_size {args.micro_batch_size} x "
-             f"{world_size} processes; change one of them")
+             f"{args.processes} processes; change one of them")
     if num_rows < size:
         fail(f"{args.data}: {num_rows} rows are fewer than --batch_size {size}; lower it")
-    per_epoch = num_rows // size  # steps
     args.max_steps = args.max_steps or max(1, int(args.epochs * num_rows / size))
-    args.warmup_steps = min(100, args.max_steps // 10) if args.warmup_steps is None else args.warmup_steps
+    if args.warmup_steps is None:
+        args.warmup_steps = min(100, args.max_steps // 10)
+    epochs = args.max_steps * size / num_rows
     if dist.get_rank() == 0:
-        epochs = args.max_steps * size / num_rows
-        print(f"{args.max_steps} steps of {size}: {epochs:.2f} epochs, {args.warmup_steps} of warm-up"
-              + "\nwarning: a run of over 10 epochs memorises its data; lower --max_steps" * (epochs > 10))
-    orders = [np.random.default_rng((args.seed, epoch)).permutation(num_rows)[:per_epoch * size]
-              for epoch in range(math.ceil(args.max_steps / per_epoch))]
-    steps = np.concatenate(orders).reshape(-1, size)[:args.max_steps]
-    return np.stack([rows[np.argsort(-row_tokens[rows], kind="stable")] for rows in steps])
+        print(f"{args.max_steps} steps of {size}: {epochs:.2f} epochs, {args.warmup_steps} of warm-up")
+        if epochs > 10:
+            print("warning: a run of over 10 epochs memorises its data; lower --max_steps")
+    per_epoch = num_rows // size  # steps
+    steps = []
+    for step in range(args.max_steps):
+        if step % per_epoch == 0:
+            order = np.random.default_rng((args.seed, step // per_epoch)).permutation(num_rows)
+        rows = order[step % per_epoch * size:][:size]
+        steps.append(rows[np.argsort(-row_tokens[rows], kind="stable")])
+    return np.stack(steps)
 
 
-def make_engine(model, optimizer, schedule, args):
-    """DeepSpeed's engine by --deepspeed_config, with this run's batch sizes and dtype. One CPU process runs
-    without ZeRO: it has nothing to share out, and ZeRO would copy weights and gradients."""
-    mend = "unless memory ran out, take the ds_config.json here"
-    with or_fail("--deepspeed_config", mend), open(args.deepspeed_config) as file:
-        config = json.load(file)
-        stage, clipping = config["zero_optimization"]["stage"], float(config.get("gradient_clipping", 0))
-        assert stage in (0, 1, 2) and clipping >= 0, "take ZeRO stage 0, 1 or 2, and clipping of 0 or more"
-        on_gpu = torch.cuda.is_available()
-        bf16 = on_gpu and args.dtype == "bf16"
-        config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31, "bf16": {"enabled": bf16},
-                   "train_micro_batch_size_per_gpu": args.micro_batch_size}
-        if (stage == 0 and not bf16) or (not on_gpu and dist.get_world_size() == 1):
-            config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
-            weights = [p for group in optimizer.param_groups for p in group["params"]]
-
-            def clip(*_):  # without ZeRO DeepSpeed clips too, but forgets the norm
-                optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(weights, clipping or math.inf)
-            optimizer.register_step_pre_hook(clip)
-        return deepspeed.initialize(None, model, optimizer, lr_scheduler=schedule, config=config)[0]
+def set_learning_rate(engine, step, args):
+    """Linear warm-up to --learning_rate, then a cosine to 0. step: from 1 on."""
+    factor = step / max(1, args.warmup_steps)
+    if step > args.warmup_steps:
+        done = (step - 1 - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+        factor = 0.5 + 0.5 * math.cos(math.pi * done)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = args.learning_rate * factor
+    return args.learning_rate * factor
 
 
-def start_run(engine, args):
-    """The state to start from: flags and files of the run, its step, its log's length. --resume loads the
-    last checkpoint, and fails if a file, the number of processes or a flag not in `may_change` differs.
-    Without it a folder that holds a checkpoint is an error, and a finished run is replaced."""
-    may_change = ("resume", "local_rank", "out", "micro_batch_size", "gradient_checkpointing", "log_steps",
-                  "eval_steps", "save_steps", "keep_steps")
-    run = vars(args) | {"processes": dist.get_world_size()}
-    for path in filter(os.path.isfile, map(str, vars(args).values())):
-        run[f"sha256 of {path}"] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
-    state, folder = {"run": run, "step": 0, "log_size": 0}, f"{args.out}/checkpoint"
-    if os.path.exists(f"{folder}/state.pt") != args.resume:
-        fail(f"--resume: {folder} holds no checkpoint; start without --resume" if args.resume else
-             f"--out: {folder} is of an unfinished run; go on with --resume, or delete it")
+def check_gradient(engine, step, lines, args):
+    """The norm of the step's gradient, before clipping. Ends the run where it is not finite."""
+    grad_norm = float(engine.get_global_grad_norm())
+    if not 0 <= grad_norm < math.inf:  # DeepSpeed has skipped the step
+        fail(f"step {step}: the loss or its gradient is not finite; lower --learning_rate, or look at "
+             f"{args.data}, lines {sorted(lines.tolist())}")
+    return grad_norm
+
+
+def load_model(folder, device):
+    """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), SDPA attention, no dropout."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
+        config = AutoConfig.from_pretrained(folder)
+        dropouts = [name for name, p in config.to_dict().items() if "drop" in name and isinstance(p, float)]
+        config.update(dict.fromkeys(dropouts, 0.0))  # OPT's is functional: only the config ends it
+        lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
+                                                        attn_implementation="sdpa", output_loading_info=True)
+        assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
+        assert len(tokenizer) <= lm.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
+    except Exception as error:  # libraries raise anything where a file is damaged
+        fail(f"--model {folder}: {error}; give the folder or the hub name of a whole causal LM")
+    lm.get_input_embeddings().padding_idx = None  # it stops a token's gradient; some models pad with EOS
+    return tokenizer, lm.to(device).train()
+
+
+def make_engine(model, args):
+    """DeepSpeed's engine by --deepspeed_config, with AdamW and this run's batch sizes and dtype."""
+    if args.gradient_checkpointing:
+        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms: no weight decay
+    groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
+    try:
+        with open(args.deepspeed_config) as file:
+            config = json.load(file)
+        assert config["zero_optimization"]["stage"] in (1, 2), "take ZeRO stage 1 or 2"
+        config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
+                   "train_micro_batch_size_per_gpu": args.micro_batch_size,
+                   "bf16": {"enabled": torch.cuda.is_available() and args.dtype == "bf16"}}
+        return deepspeed.initialize(None, model, optimizer, config=config)[0]
+    except Exception as error:
+        fail(f"--deepspeed_config {args.deepspeed_config}: {type(error).__name__}: {error}; unless memory "
+             "ran out, take the ds_config.json here")
+
+
+def start_run(engine, args, *splits):
+    """The state to start from: step 0, or with --resume that of the last checkpoint, which it loads into the
+    engine. Fails if the token ids or rewards of the splits are no longer those that the run began with."""
+    sha256 = [split.sha256.hexdigest() for split in splits if split]
+    state = {"step": 0, "log_size": 0, "data_sha256": sha256}
     if args.resume:
-        with or_fail(f"--resume: {folder}", "unless memory ran out, delete it and start anew"):
-            state = torch.load(f"{folder}/state.pt", weights_only=True)
-            for name, value in run.items():
-                before = state["run"].get(name)
-                if name not in may_change and value != before:
-                    fail(f"--resume: {name} was {before} and is now {value}; go on as the run began")
-            step = f"step{state['step']}"
-            for path in glob(f"{step}/*.pt", root_dir=folder):  # DeepSpeed would run any code in them
-                names = torch.serialization.get_unsafe_globals_in_checkpoint(f"{folder}/{path}")
-                own = "ZeroStageEnum", "LossScaler", "DynamicLossScaler", "fragment_address"
-                assert all(name.split(".")[-1] in own for name in names), f"{path} holds {names}"
-            engine.load_checkpoint(folder, step)
+        try:
+            _, saved = engine.load_checkpoint(f"{args.out}/checkpoint")
+            state = saved["state"]
+            assert state["data_sha256"] == sha256, "the data, their token ids or their rewards have changed"
+        except Exception as error:
+            fail(f"--resume: {args.out}/checkpoint: {error}; go on as the run began, or delete the folder")
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
-        with open(f"{args.out}/partial.json", "w") as file:
-            json.dump(run, file, indent=2)
-        os.replace(f"{args.out}/partial.json", f"{args.out}/args.json")
+        if not args.resume:
+            with open(f"{args.out}/args.json", "w") as file:
+                json.dump(vars(args) | {"data_sha256": sha256}, file, indent=2)
         with open(f"{args.out}/log.jsonl", "a") as file:
-            file.truncate(min(state["log_size"], file.tell()))
+            file.truncate(state["log_size"])
         print(f"{args.out}: from step {state['step']}")
     return state
 
@@ -390,11 +425,13 @@ def start_run(engine, args):
 def log(args, step, window, prefix="", **figures):
     """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
     window: metrics of this process's pairs, dicts of (B,). One that is NaN for every pair is left out."""
-    here = {prefix + name: torch.cat([metrics[name] for metrics in window]).cpu() for name in window[0]}
-    everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, here)
-    means = {name: torch.cat([part[name] for part in everywhere]).mean().item() for name in here
-             if not here[name].isnan().all()}
+    means = {}
+    for name in window[0]:
+        here = torch.cat([metrics[name] for metrics in window]).cpu()
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, here)
+        if not here.isnan().all():
+            means[prefix + name] = torch.cat(everywhere).mean().item()
     if dist.get_rank() == 0:
         if torch.cuda.is_available() and not prefix:
             figures["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
@@ -405,41 +442,56 @@ def log(args, step, window, prefix="", **figures):
 
 
 def save_checkpoint(engine, args, state):
-    """Writes <out>/checkpoint/step<k>, then state.pt, which names that step, and deletes the steps before."""
+    """Writes <out>/checkpoint/step<k>, then `latest`, which names that step, and deletes the steps before."""
     folder, step = f"{args.out}/checkpoint", f"step{state['step']}"
-    # Python 3.11.2 would pickle DeepSpeed's enum by getattr, and --resume refuses that as code
-    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
-    with or_fail(f"{folder}/{step}", "make room, then go on with --resume, or start again"):
-        engine.save_checkpoint(folder, step, save_latest=False)
-        if dist.get_rank() == 0:
-            state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
-            torch.save(state, f"{folder}/partial")
-            os.replace(f"{folder}/partial", f"{folder}/state.pt")
-            for before in set(glob("step*", root_dir=folder)) - {step}:
-                shutil.rmtree(f"{folder}/{before}")
+    state["log_size"] = os.path.getsize(f"{args.out}/log.jsonl")
+    # DeepSpeed would write `latest` while other processes still write their part of the step
+    engine.save_checkpoint(folder, step, client_state={"state": state}, save_latest=False)
+    if dist.get_rank() == 0:
+        with open(f"{folder}/partial", "w") as file:
+            file.write(step)
+        os.replace(f"{folder}/partial", f"{folder}/latest")
+        for name in set(glob("step*", root_dir=folder)) - {step}:
+            shutil.rmtree(f"{folder}/{name}")
 
 
 def save_model(lm, tokenizer, folder):
-    """Writes model and tokenizer, each file whole or not at all, and deletes the checkpoint."""
+    """Writes model and tokenizer, then deletes the checkpoint."""
     if not all(weight.isfinite().all() for weight in lm.parameters()):
         fail(f"{folder}: the weights are not finite and are not saved; lower --learning_rate")
+    dist.barrier()  # another process may still read the checkpoint
     if dist.get_rank() == 0:
-        partial = f"{folder}/partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        with or_fail(partial, "make room, then go on with --resume, or start again"):
-            lm.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-        stale = glob("*.safetensors*", root_dir=folder) + glob("*.jinja", root_dir=folder)  # an older run's
-        for name in set(stale) - set(os.listdir(partial)):
-            os.remove(f"{folder}/{name}")
-        shutil.rmtree(f"{folder}/additional_chat_templates", ignore_errors=True)
-        for name in os.listdir(partial):
-            os.replace(f"{partial}/{name}", f"{folder}/{name}")
-        os.rmdir(partial)
-        if os.path.exists(f"{folder}/checkpoint/state.pt"):  # first: without it the rest is no checkpoint
-            os.remove(f"{folder}/checkpoint/state.pt")
+        lm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         shutil.rmtree(f"{folder}/checkpoint", ignore_errors=True)
         print(f"{folder}: model and tokenizer written")
+
+
+def init_process(args):
+    """Joins the processes that `deepspeed` started; under `python` it is alone. Returns the device.
+    Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
+    if "RANK" not in os.environ:
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    deepspeed.utils.logger.setLevel("WARNING")
+    logging.set_verbosity_error()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        device = torch.device("cpu")
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:  # the launcher's processes share the cores
+            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", 1))))
+    deepspeed.init_distributed(verbose=False)
+    if args.dtype == "auto":
+        args.dtype = "bf16" if has_bf16 else "fp32"
+    if dist.get_rank() == 0:
+        print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
+    return device
 
 
 def fail(message):
@@ -447,17 +499,8 @@ def fail(message):
     wait: if process 0 has the same error, the launcher ends them first, and the line appears once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
+    tqdm.write(f"error: {' '.join(str(message).split()):.600}", file=sys.stderr)
     sys.exit(2)
-
-
-@contextmanager
-def or_fail(what, mend, errors=Exception):
-    """Turns an error inside into one line for the user: libraries raise anything where a file is damaged."""
-    try:
-        yield
-    except errors as error:
-        fail(f"{what}: cannot use it ({' '.join(f'{type(error).__name__}: {error}'.split()):.300}); {mend}")
 
 
 def check_flags(args, may_be_zero):
@@ -469,75 +512,72 @@ def check_flags(args, may_be_zero):
                 fail(f"--{name} {value}: give a finite number {'of 0 or more' if zero_too else 'above 0'}")
 
 
-def init_process(args):
-    """Joins the processes that `deepspeed` started; under `python` it is alone. (device, rank, world size)
-    Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
-    if "RANK" not in os.environ:
-        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    deepspeed.utils.logger.setLevel("WARNING")
-    logging.set_verbosity_error()
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        device, cpu = torch.device("cpu"), torch.cpu.get_capabilities()
-        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:  # the launcher's processes share the cores
-            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", 1))))
-    deepspeed.init_distributed(verbose=False)
-    if dist.get_world_size() > 1:  # if another process has failed, the launcher ends this one meanwhile
-        sys.excepthook = lambda *error: (time.sleep(10), sys.__excepthook__(*error))
-    if args.dtype == "auto":
-        args.dtype = "bf16" if has_bf16 else "fp32"
-    if dist.get_rank() == 0:
-        print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
-    return device, dist.get_rank(), dist.get_world_size()
+def resume_or_start(parser, args):
+    """The flags of the run. With --resume they are those of <out>/args.json: one that is given again wins if
+    it may change, else it must be the same. Without it --out may hold no checkpoint and no model."""
+    may_change = ("out", "resume", "local_rank", "micro_batch_size", "gradient_checkpointing", "log_steps",
+                  "eval_steps", "save_steps", "keep_steps")
+    out, unfinished = args.out, os.path.exists(f"{args.out}/checkpoint/latest")
+    if args.resume and not unfinished:
+        fail(f"--resume: {out}/checkpoint holds no checkpoint; start without --resume")
+    if not args.resume and (unfinished or os.path.exists(f"{out}/config.json")):
+        fail(f"--out: {out} holds a {'checkpoint: go on with --resume' if unfinished else 'model'}; name "
+             "another folder, or delete it")
+    before = {}
+    if args.resume:
+        with open(f"{out}/args.json") as file:
+            before = json.load(file)
+        parser.set_defaults(**before)
+    now = vars(parser.parse_args()) | {"out": out, "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    for name in before.keys() - may_change:
+        if now[name] != before[name]:
+            fail(f"--resume: {name} was {before[name]} and is now {now[name]}; go on as the run began")
+    return argparse.Namespace(**now)
 
 
-def load_model(folder):
-    """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), SDPA attention, no dropout."""
-    with or_fail(f"--model {folder}", "give the folder or the hub name of a whole causal LM"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
-        config = AutoConfig.from_pretrained(folder)
-        dropouts = [name for name, p in config.to_dict().items() if "drop" in name and isinstance(p, float)]
-        config.update(dict.fromkeys(dropouts, 0.0))  # OPT's is functional: only the config ends it
-        lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
-                                                        attn_implementation="sdpa", output_loading_info=True)
-        assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
-        assert len(tokenizer) <= lm.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
-    lm.get_input_embeddings().padding_idx = None  # it stops a token's gradient; some models pad with EOS
-    return tokenizer, lm.train()
+# ---- flags -------------------------------------------------------------------------------------------------
 
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    assert "".join(message["content"] for message in messages), "the prompt is empty"
-    if tokenizer.chat_template:  # code that came with a model: an endless loop ends after 30 seconds
-        signal.signal(signal.SIGALRM, lambda *_: fail("the chat template takes over 30 s; mend it"))
-        signal.alarm(30)
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        signal.alarm(0)
-        return ids
-    if not isinstance(prompt, str):
-        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
-        prompt = "\n\n".join(turns + ["Assistant:\n"])
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + tokenizer(prompt, add_special_tokens=False).input_ids
-
-
-def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
-    a chat template a response loses the leading space that separates it from a plain-text prompt."""
-    assert isinstance(response, str), "a response is no text"
-    response = response.removeprefix(" ") if tokenizer.chat_template else response
-    return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+def parse_args():
+    formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
+    flag = parser.add_argument_group("method").add_argument
+    flag("--alpha", type=float, default=0.01, help="Eq. 5's weight of the LM term; 0 is Eq. 2")
+    flag("--lm_term", choices=["sum", "mean"], default="sum", help="log(y_w) over the response's tokens")
+    flag = parser.add_argument_group("data and model").add_argument
+    flag("--model", default="out/sft", help="where the Oracle starts: a folder or a hub name")
+    flag("--data", default="data/all/train.jsonl", help="preference JSONL to train on")
+    flag("--eval_data", default="data/all/validation.jsonl", help="held-out preference JSONL; '' for none")
+    flag("--out", default="out/oracle", help="folder to write")
+    flag("--max_length", type=int, default=1024, help="drop pairs whose prompt + longer response is longer")
+    flag = parser.add_argument_group("optimisation").add_argument
+    flag("--batch_size", type=int, default=64, help="pairs per optimizer step, over all processes")
+    flag("--micro_batch_size", type=int, help="pairs per forward pass, on one process; None: at most 8")
+    flag("--learning_rate", type=float, default=1e-5, help="peak, after warm-up; then cosine to 0")
+    flag("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
+    flag("--warmup_steps", type=int, help="linear warm-up; None: a tenth of the run, at most 100")
+    flag("--max_steps", type=int, help="optimizer steps; None: what --epochs takes")
+    flag("--epochs", type=float, default=1.0, help="passes over the data; --max_steps overrides it")
+    flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
+    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
+    flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, offloading, gradient clipping")
+    flag = parser.add_argument_group("logging and checkpoints").add_argument
+    flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
+    flag("--eval_rows", type=int, default=1000, help="evaluate on the first rows of --eval_data; 0: on all")
+    flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
+    flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
+    flag("--resume", action="store_true", help="go on from <out>/checkpoint, with the flags of its run")
+    flag("--seed", type=int, default=0, help="order of the data and initialisation of the head")
+    flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    args = resume_or_start(parser, parser.parse_args())
+    check_flags(args, "alpha weight_decay warmup_steps eval_rows save_steps")
+    if args.alpha > 1:
+        fail(f"--alpha {args.alpha}: it weighs the LM term against the rest; give a number from 0 to 1")
+    return args
 
 
 if __name__ == "__main__":
-    with or_fail("a file or folder", "mend that and run again", OSError):  # a full disk, no permission
+    try:
         main()
+    except OSError as error:  # a file that is missing, a full disk, no permission
+        fail(error)
+    dist.destroy_process_group()

@@ -160,7 +160,7 @@ def test_an_oracle_of_another_family_tokenizer_and_width_teaches(lab, tmp_path):
     run("oracle.py", "--model", base, "--data", lab / "train.jsonl", "--eval_data", "", *TRAINING,
         "--max_steps", 6, "--learning_rate", 2e-3, "--out", oracle)
     run("precompute_rewards.py", "--oracle", oracle, "--data", lab / "train.jsonl", "--out", scores)
-    run(*align_flags(lab, "drdo"), "--eval_data", "", "--oracle_rewards", scores, "--unit_oracle",
+    run(*align_flags(lab, "drdo"), "--eval_data", "", "--oracle_rewards", scores, "--standardise_oracle",
         "--student_rewards", "logps", "--alpha", 0, "--max_steps", 45, "--out", out)
     distillation = read_log(out, "loss/distillation")
     assert sum(distillation[-3:]) < 0.2 * sum(distillation[:3])
@@ -228,7 +228,7 @@ def test_the_recommended_reading(lab, tmp_path):
     flags = [*align_flags(lab, "drdo", "ensemble.pt"), "--eval_data", lab / "train.jsonl",
              "--eval_oracle_rewards", lab / "ensemble.pt", "--max_steps", 1, "--learning_rate", 1e-9,
              "--batch_size", pairs, "--micro_batch_size", pairs]
-    reading = ["--student_rewards", "log_ratio", "--p_w", "mean", "--unit_oracle"]
+    reading = ["--student_rewards", "log_ratio", "--p_w", "mean", "--standardise_oracle"]
     together(*((run, *flags, *more, "--out", tmp_path / name)
                for name, more in (("plain", []), ("reading", reading))))
     assert read_log(tmp_path / "plain", "oracle/margins")[0] == pytest.approx(margins.mean().item(), rel=1e-4)
