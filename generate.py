@@ -50,11 +50,8 @@ def main():
                            ends)
         for i, (ids, ended) in zip(batch, results):
             row = {name: value for name, value in rows[i].items() if name not in ("chosen", "rejected")}
-            response = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            if tokenizer.chat_template and isinstance(row["prompt"], str) and not row["prompt"][-1].isspace():
-                response = " " + response  # as in a preference file, where prompt + response is the text
-            row |= {"response": response, "temperature": temperature, "generator": args.generator,
-                    "tokens": len(ids), "eos": ended}
+            row |= {"response": decode(tokenizer, row["prompt"], prompts[i], ids), "temperature": temperature,
+                    "generator": args.generator, "tokens": len(ids), "eos": ended}
             written.append(((i, temperature), row))
 
     # ---- save
@@ -87,6 +84,23 @@ def generate(model, prompts, temperature, top_p, max_new_tokens, ends):
     return results
 
 
+def decode(tokenizer, prompt, prompt_ids, ids):
+    """The text of a response, such that prompt + response is the text that was sampled. It is decoded behind
+    its prompt, since some tokenizers drop a text's first space. What a chat template puts around it goes."""
+    skip = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(prompt_ids, **skip)
+    response = tokenizer.decode(prompt_ids + ids, **skip)[len(before):]
+    if tokenizer.chat_template:
+        lead, trail = template_of(tokenizer).split("It is 4.")
+        if lead.endswith(" ") and not before.endswith(" "):  # the first word's token holds its space
+            response = response.removeprefix(" ")
+        if trail[:1].isspace():
+            response = response.rstrip()
+        if isinstance(prompt, str) and not prompt[-1].isspace():
+            response = " " + response
+    return response
+
+
 def read_prompts(args, tokenizer):
     """(rows, token ids) of the first --num_prompts prompts of --prompts, each prompt once."""
     rows, prompts, seen = [], [], set()
@@ -94,7 +108,7 @@ def read_prompts(args, tokenizer):
         for number, line in enumerate(tqdm(file, "tokenising", unit=" rows", disable=dist.get_rank() > 0), 1):
             try:
                 row = json.loads(line)
-                ids = encode_prompt(tokenizer, row["prompt"])
+                (ids,), _ = encode(tokenizer, row["prompt"], [])
             except Exception as error:  # no JSON, no text, what a chat template refuses
                 fail(f"{args.prompts}, line {number}: {type(error).__name__}: {error}; write one JSON object "
                      "a line, in UTF-8, with prompt")
@@ -118,29 +132,98 @@ def load_model(folder, device, dtype):
                                                            output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
         assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
+        ends = model.generation_config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+        ends.add(check_template(tokenizer, ends))
     except Exception as error:  # libraries raise anything where a file is damaged
         fail(f"--model {folder}: {error}; give the folder or the hub name of a whole causal LM")
-    ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     model.generation_config = GenerationConfig()  # a repetition penalty there would sample another policy
     return tokenizer, model.to(device).eval(), ends
 
 
 # ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    assert "".join(message["content"] for message in messages), "the prompt is empty"
+def encode(tokenizer, prompt, responses, end=None):
+    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart.
+
+    With a chat template they are cut from what it writes for the whole conversation: a model reads what it
+    would write. The prompt is all before the response, a thinking model's empty thought too. A response ends
+    in the token `end`. Without `end` it takes in all that the template writes after it. Without a template a
+    text lies between BOS and EOS. If a token spans the border, prompt and responses are tokenised apart.
+    """
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is no text"
+    assert any(texts), "the prompt is empty"
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (
+        "the prompt begins with a control token: give its text or its messages alone")
+    plain = {"add_special_tokens": False, "split_special_tokens": True}  # control tokens in a text stay text
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    if not isinstance(prompt, str):
-        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
-        prompt = "\n\n".join(turns + ["Assistant:\n"])
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = bos + tokenizer(prompt, add_special_tokens=False).input_ids
-    assert ids, "the prompt has no token"
-    return ids
+        if isinstance(prompt, str) and not prompt[-1].isspace():  # a space separates text from text alone
+            responses = [response.removeprefix(" ") for response in responses]
+        chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
+        for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
+            assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
+        # two unlike responses have the prompt in common, and what follows a response
+        begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+        probes = ["4.", "" if begun else "Yes"]
+        one, other, *wholes = render(tokenizer, prompt, probes + responses)
+        head = os.path.commonprefix([one, other])
+        tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+    else:
+        if not isinstance(prompt, str):
+            turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
+            prompt = "\n\n".join(turns + ["Assistant:\n"] * (prompt[-1]["role"] != "assistant"))
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        tail = [tokenizer.eos_token_id]
+        head = bos + tokenizer(prompt, **plain).input_ids
+        wholes = [bos + tokenizer(prompt + response, **plain).input_ids + tail for response in responses]
+    assert head, "the prompt has no token"
+    apart = any(whole[:len(head)] != head for whole in wholes)
+    ids = [head]
+    for response, whole in zip(responses, wholes):
+        own = tokenizer(response, **plain).input_ids + tail if apart else whole[len(head):]
+        if end in tail:
+            own = own[:len(own) - len(tail) + tail.index(end) + 1]
+        elif end is not None:
+            own = own[:len(own) - len(tail)] + [end]
+        ids.append(own)
+    return ids, apart
+
+
+def render(tokenizer, prompt, responses, tokenize=True):
+    """The prompt's conversation with each response, as the chat template writes it: token ids, or text. If
+    the prompt ends in an assistant's message, the response goes on in it."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    begun = ""
+    if messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        begun = last["content"]
+    chats = [[*messages, {"role": "assistant", "content": begun + response}] for response in responses]
+    return tokenizer.apply_chat_template(chats, tokenize=tokenize, sanitize_control_tokens=tokenize,
+                                         return_dict=False)
+
+
+def template_of(tokenizer):
+    """A short conversation as the chat template writes it, or "" without one: shows if prompts read alike."""
+    chat = tokenizer.chat_template and render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)
+    return chat[0] if chat else ""
+
+
+def check_template(tokenizer, ends):
+    """The token that ends a response: of what the chat template writes after one, the first token in `ends`,
+    else the first control token, else EOS. Raises if `encode` differs from the template's own ids."""
+    if not tokenizer.chat_template:
+        return tokenizer.eos_token_id
+    (prompt, response), _ = encode(tokenizer, "What is 2 + 2?", ["It is 4."])
+    own = tokenizer(template_of(tokenizer), add_special_tokens=False).input_ids
+    assert prompt + response == own, "the stages read other tokens than its chat template writes"
+    year = time.strftime("%Y")
+    if dist.get_rank() == 0 and year in template_of(tokenizer) and year not in tokenizer.chat_template:
+        print("the chat template writes the day's date: on another day the same prompts are other tokens")
+    control = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    found = [id for id in response if id in ends] + [id for id in response if id in control]
+    return found[0] if found else tokenizer.eos_token_id
 
 
 def init_process(args):

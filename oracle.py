@@ -15,8 +15,8 @@ A pair is one row of tokens, as in align.py. Prompt a b c, chosen d E, rejected 
     segment     0   0 | 1   1   1 | 2   2   2       a token sees segment 0 and its own, up to itself
     position    0   1 | 2   3   4 | 2   3   4       the rewards are read at the two E
 
-The path of a pair: a JSON row -> encode_prompt, encode_response: ids -> collate: (B, T) -> the LM's hidden
-states: (B, T, H) -> response_logps, last_token_rewards: (B, 2) -> loss_and_metrics: (B,) -> engine.backward.
+The path of a pair: a JSON row -> encode: token ids -> collate: (B, T) -> the LM's hidden states: (B, T, H)
+-> response_logps, last_token_rewards: (B, 2) -> loss_and_metrics: (B,) -> engine.backward.
 
 The folder loads as AutoModelForCausalLM and as AutoModelForSequenceClassification, with equal rewards, read
 at EOS. The seed draws the head and the order of the data: an ensemble's members differ in both.
@@ -142,8 +142,9 @@ def main():
         fail(f"--model {args.model}: Transformers has no sequence classifier of its kind; take another model")
     set_pad_token(tokenizer, lm)
     keys = ["chosen", "rejected"]
-    pairs = Rows(args.data, keys, tokenizer, lm, args.max_length)
-    eval_pairs = args.eval_data and Rows(args.eval_data, keys, tokenizer, lm, args.max_length, args.eval_rows)
+    pairs = Rows(args.data, keys, tokenizer, lm, args.max_length, whole_turn=True)
+    eval_pairs = args.eval_data and Rows(args.eval_data, keys, tokenizer, lm, args.max_length, args.eval_rows,
+                                         whole_turn=True)
     row_tokens = pairs.lengths.sum(1)  # (N,)
     chosen_tokens = torch.tensor(pairs.lengths[:, 1])  # (N,)
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the pairs of each step, by the seed alone
@@ -243,23 +244,25 @@ class Rows:
     """Token ids of a JSONL file's rows that fit in max_length and the model, in one flat int32 array.
 
     rows[i] is a list of arrays: the prompt, and the responses under `keys`. lines: (N,), line numbers in the
-    file. lengths: (N, 1 + responses), tokens of each, EOS included. sha256: the hash of what was read.
+    file. lengths: (N, 1 + responses), tokens of each, the end included. sha256: the hash of what was read.
+    A response ends in the LM's end token; for a reward model, whole_turn, where the chat template ends.
     """
 
-    def __init__(self, path, keys, tokenizer, lm, max_length, limit=0):
+    def __init__(self, path, keys, tokenizer, lm, max_length, limit=0, whole_turn=False):
         max_length = min(max_length, getattr(lm.config, "max_position_embeddings", None) or math.inf)
-        number, lines, lengths, flat = 0, [], [], array("i")
+        end = None if whole_turn else lm.generation_config.eos_token_id[0]
+        number, num_apart, lines, lengths, flat = 0, 0, [], [], array("i")
         with open(path, "rb") as file:
             bar = tqdm(islice(file, limit or None), "tokenising", unit=" rows", disable=dist.get_rank() > 0)
             for number, line in enumerate(bar, 1):
                 try:
                     row = json.loads(line)
-                    ids = [encode_prompt(tokenizer, row["prompt"])]
-                    ids += [encode_response(tokenizer, row[key]) for key in keys]
+                    ids, apart = encode(tokenizer, row["prompt"], [row[key] for key in keys], end)
                 except Exception as error:  # no JSON, no text, what a chat template refuses
                     fail(f"{path}, line {number}: {type(error).__name__}: {error}; write one JSON object a "
                          f"line, in UTF-8, with prompt, {', '.join(keys)}")
                 if len(ids[0]) + max(map(len, ids[1:])) <= max_length:
+                    num_apart += apart
                     lines.append(number)
                     lengths.append([len(part) for part in ids])
                     for part in ids:
@@ -268,6 +271,9 @@ class Rows:
             fail(f"{path}: none of {number} rows fits in --max_length {max_length} or the model's positions")
         if dist.get_rank() == 0:
             print(f"{path}: {len(lines)} rows, {number - len(lines)} over --max_length {max_length} dropped")
+            if num_apart:
+                print(f"{path}: in {num_apart} rows the responses are tokenised apart from the prompt, as a "
+                      "token would span the border")
         self.ids = np.frombuffer(flat, np.int32)
         self.lines = np.array(lines)
         self.lengths = np.array(lengths)
@@ -287,27 +293,87 @@ class Rows:
         return np.split(row, self.lengths[i].cumsum()[:-1])
 
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    assert "".join(message["content"] for message in messages), "the prompt is empty"
+def encode(tokenizer, prompt, responses, end=None):
+    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart.
+
+    With a chat template they are cut from what it writes for the whole conversation: a model reads what it
+    would write. The prompt is all before the response, a thinking model's empty thought too. A response ends
+    in the token `end`. Without `end` it takes in all that the template writes after it. Without a template a
+    text lies between BOS and EOS. If a token spans the border, prompt and responses are tokenised apart.
+    """
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is no text"
+    assert any(texts), "the prompt is empty"
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (
+        "the prompt begins with a control token: give its text or its messages alone")
+    plain = {"add_special_tokens": False, "split_special_tokens": True}  # control tokens in a text stay text
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    if not isinstance(prompt, str):
-        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
-        prompt = "\n\n".join(turns + ["Assistant:\n"])
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = bos + tokenizer(prompt, add_special_tokens=False).input_ids
-    assert ids, "the prompt has no token"
-    return ids
+        if isinstance(prompt, str) and not prompt[-1].isspace():  # a space separates text from text alone
+            responses = [response.removeprefix(" ") for response in responses]
+        chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
+        for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
+            assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
+        # two unlike responses have the prompt in common, and what follows a response
+        begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+        probes = ["4.", "" if begun else "Yes"]
+        one, other, *wholes = render(tokenizer, prompt, probes + responses)
+        head = os.path.commonprefix([one, other])
+        tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+    else:
+        if not isinstance(prompt, str):
+            turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
+            prompt = "\n\n".join(turns + ["Assistant:\n"] * (prompt[-1]["role"] != "assistant"))
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        tail = [tokenizer.eos_token_id]
+        head = bos + tokenizer(prompt, **plain).input_ids
+        wholes = [bos + tokenizer(prompt + response, **plain).input_ids + tail for response in responses]
+    assert head, "the prompt has no token"
+    apart = any(whole[:len(head)] != head for whole in wholes)
+    ids = [head]
+    for response, whole in zip(responses, wholes):
+        own = tokenizer(response, **plain).input_ids + tail if apart else whole[len(head):]
+        if end in tail:
+            own = own[:len(own) - len(tail) + tail.index(end) + 1]
+        elif end is not None:
+            own = own[:len(own) - len(tail)] + [end]
+        ids.append(own)
+    return ids, apart
 
 
-def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
-    a chat template a response loses the leading space that separates it from a plain-text prompt."""
-    assert isinstance(response, str), "a response is no text"
-    response = response.removeprefix(" ") if tokenizer.chat_template else response
-    return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+def render(tokenizer, prompt, responses, tokenize=True):
+    """The prompt's conversation with each response, as the chat template writes it: token ids, or text. If
+    the prompt ends in an assistant's message, the response goes on in it."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    begun = ""
+    if messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        begun = last["content"]
+    chats = [[*messages, {"role": "assistant", "content": begun + response}] for response in responses]
+    return tokenizer.apply_chat_template(chats, tokenize=tokenize, sanitize_control_tokens=tokenize,
+                                         return_dict=False)
+
+
+def template_of(tokenizer):
+    """A short conversation as the chat template writes it, or "" without one: shows if prompts read alike."""
+    chat = tokenizer.chat_template and render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)
+    return chat[0] if chat else ""
+
+
+def check_template(tokenizer, ends):
+    """The token that ends a response: of what the chat template writes after one, the first token in `ends`,
+    else the first control token, else EOS. Raises if `encode` differs from the template's own ids."""
+    if not tokenizer.chat_template:
+        return tokenizer.eos_token_id
+    (prompt, response), _ = encode(tokenizer, "What is 2 + 2?", ["It is 4."])
+    own = tokenizer(template_of(tokenizer), add_special_tokens=False).input_ids
+    assert prompt + response == own, "the stages read other tokens than its chat template writes"
+    year = time.strftime("%Y")
+    if dist.get_rank() == 0 and year in template_of(tokenizer) and year not in tokenizer.chat_template:
+        print("the chat template writes the day's date: on another day the same prompts are other tokens")
+    control = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    found = [id for id in response if id in ends] + [id for id in response if id in control]
+    return found[0] if found else tokenizer.eos_token_id
 
 
 def plan_steps(row_tokens, args):
@@ -372,6 +438,10 @@ def load_model(folder, device):
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
         assert len(tokenizer) <= lm.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
+        ends = lm.generation_config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+        end = check_template(tokenizer, ends)  # first in generation_config.json: servers stop there too
+        lm.generation_config.eos_token_id = [end, *sorted(ends - {end})]
     except Exception as error:  # libraries raise anything where a file is damaged
         fail(f"--model {folder}: {error}; give the folder or the hub name of a whole causal LM")
     lm.get_input_embeddings().padding_idx = None  # it stops a token's gradient; some models pad with EOS
@@ -463,7 +533,9 @@ def save_model(lm, tokenizer, folder):
     if dist.get_rank() == 0:
         lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        shutil.rmtree(f"{folder}/checkpoint", ignore_errors=True)
+        if os.path.exists(f"{folder}/checkpoint"):
+            os.remove(f"{folder}/checkpoint/latest")  # first: without it the rest is no checkpoint
+            shutil.rmtree(f"{folder}/checkpoint")
         print(f"{folder}: model and tokenizer written")
 
 

@@ -41,9 +41,11 @@ def main():
     device = init_process(args)
 
     # ---- score the texts by one Oracle after the other
+    templates = []
     scores = []  # of each Oracle, (texts + 1,); the last, number -1, is NaN: rows without this text
     for folder in args.oracle:
         tokenizer, model = load_oracle(folder, device, args.dtype)
+        templates.append(template_of(tokenizer))
         texts, columns = read_texts(args.data, tokenizer)
         sha256 = hash_of(args.data)  # now: the file may change while the scoring runs
         if args.relabel and "chosen" not in columns:
@@ -66,7 +68,8 @@ def main():
         relabel(args.data, rewards, args.relabel)
         sha256 = hash_of(args.relabel)
     oracles = [folder.rstrip("/") for folder in args.oracle]
-    torch.save(rewards | {"oracles": oracles, "data_sha256": sha256}, args.out + ".partial")
+    torch.save(rewards | {"oracles": oracles, "data_sha256": sha256, "templates": templates},
+               args.out + ".partial")
     os.replace(args.out + ".partial", args.out)
     pairs = "chosen" in rewards
     margins = rewards["chosen"] - rewards["rejected"] if pairs else rewards["response"]  # (K, N)
@@ -114,7 +117,6 @@ def read_texts(path, tokenizer):
                     generations = "response" in row and "chosen" not in row
                     keys = ["response", "reference"] if generations else ["chosen", "rejected"]
                     columns = {key: [] for key in keys}
-                prompt = encode_prompt(tokenizer, row["prompt"])
                 for key in columns:
                     if key == "reference" and not isinstance(row.get(key), str):
                         columns[key].append(-1)
@@ -122,7 +124,8 @@ def read_texts(path, tokenizer):
                     digest = hashlib.sha256(json.dumps([row["prompt"], row[key]]).encode()).digest()
                     if digest not in numbers:
                         numbers[digest] = len(numbers)
-                        flat.extend(prompt + encode_response(tokenizer, row[key]))
+                        (prompt, response), _ = encode(tokenizer, row["prompt"], [row[key]])
+                        flat.extend(prompt + response)
                         ends.append(len(flat))
                     columns[key].append(numbers[digest])
             except Exception as error:  # no JSON, no text, what a chat template refuses
@@ -159,6 +162,7 @@ def load_oracle(folder, device, dtype):
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
         assert hasattr(model, "score"), "it has no linear head score.weight"
         assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
+        check_template(tokenizer, [])
     except Exception as error:  # libraries raise anything where a file is damaged
         fail(f"--oracle {folder}: {error}; give a reward model with one label; oracle.py trains one")
     return tokenizer, model.to(device).eval()
@@ -171,27 +175,87 @@ def hash_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, text or messages: by the chat template, or without one its text after a BOS."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    assert "".join(message["content"] for message in messages), "the prompt is empty"
+def encode(tokenizer, prompt, responses, end=None):
+    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart.
+
+    With a chat template they are cut from what it writes for the whole conversation: a model reads what it
+    would write. The prompt is all before the response, a thinking model's empty thought too. A response ends
+    in the token `end`. Without `end` it takes in all that the template writes after it. Without a template a
+    text lies between BOS and EOS. If a token spans the border, prompt and responses are tokenised apart.
+    """
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is no text"
+    assert any(texts), "the prompt is empty"
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (
+        "the prompt begins with a control token: give its text or its messages alone")
+    plain = {"add_special_tokens": False, "split_special_tokens": True}  # control tokens in a text stay text
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    if not isinstance(prompt, str):
-        turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
-        prompt = "\n\n".join(turns + ["Assistant:\n"])
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = bos + tokenizer(prompt, add_special_tokens=False).input_ids
-    assert ids, "the prompt has no token"
-    return ids
+        if isinstance(prompt, str) and not prompt[-1].isspace():  # a space separates text from text alone
+            responses = [response.removeprefix(" ") for response in responses]
+        chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
+        for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
+            assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
+        # two unlike responses have the prompt in common, and what follows a response
+        begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+        probes = ["4.", "" if begun else "Yes"]
+        one, other, *wholes = render(tokenizer, prompt, probes + responses)
+        head = os.path.commonprefix([one, other])
+        tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+    else:
+        if not isinstance(prompt, str):
+            turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
+            prompt = "\n\n".join(turns + ["Assistant:\n"] * (prompt[-1]["role"] != "assistant"))
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        tail = [tokenizer.eos_token_id]
+        head = bos + tokenizer(prompt, **plain).input_ids
+        wholes = [bos + tokenizer(prompt + response, **plain).input_ids + tail for response in responses]
+    assert head, "the prompt has no token"
+    apart = any(whole[:len(head)] != head for whole in wholes)
+    ids = [head]
+    for response, whole in zip(responses, wholes):
+        own = tokenizer(response, **plain).input_ids + tail if apart else whole[len(head):]
+        if end in tail:
+            own = own[:len(own) - len(tail) + tail.index(end) + 1]
+        elif end is not None:
+            own = own[:len(own) - len(tail)] + [end]
+        ids.append(own)
+    return ids, apart
 
 
-def encode_response(tokenizer, response):
-    """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
-    a chat template a response loses the leading space that separates it from a plain-text prompt."""
-    assert isinstance(response, str), "a response is no text"
-    response = response.removeprefix(" ") if tokenizer.chat_template else response
-    return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+def render(tokenizer, prompt, responses, tokenize=True):
+    """The prompt's conversation with each response, as the chat template writes it: token ids, or text. If
+    the prompt ends in an assistant's message, the response goes on in it."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    begun = ""
+    if messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        begun = last["content"]
+    chats = [[*messages, {"role": "assistant", "content": begun + response}] for response in responses]
+    return tokenizer.apply_chat_template(chats, tokenize=tokenize, sanitize_control_tokens=tokenize,
+                                         return_dict=False)
+
+
+def template_of(tokenizer):
+    """A short conversation as the chat template writes it, or "" without one: shows if prompts read alike."""
+    chat = tokenizer.chat_template and render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)
+    return chat[0] if chat else ""
+
+
+def check_template(tokenizer, ends):
+    """The token that ends a response: of what the chat template writes after one, the first token in `ends`,
+    else the first control token, else EOS. Raises if `encode` differs from the template's own ids."""
+    if not tokenizer.chat_template:
+        return tokenizer.eos_token_id
+    (prompt, response), _ = encode(tokenizer, "What is 2 + 2?", ["It is 4."])
+    own = tokenizer(template_of(tokenizer), add_special_tokens=False).input_ids
+    assert prompt + response == own, "the stages read other tokens than its chat template writes"
+    year = time.strftime("%Y")
+    if dist.get_rank() == 0 and year in template_of(tokenizer) and year not in tokenizer.chat_template:
+        print("the chat template writes the day's date: on another day the same prompts are other tokens")
+    control = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    found = [id for id in response if id in ends] + [id for id in response if id in control]
+    return found[0] if found else tokenizer.eos_token_id
 
 
 def init_process(args):
