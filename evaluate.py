@@ -596,9 +596,9 @@ def ask(args, messages, notes):
             if in_a_row == 10:  # it is no accident
                 break
     if in_a_row == 10 or failed and not answers:
-        fail(f"--judge {args.judge}: {len(failed)} requests gave no verdict, the last {in_a_row} no answer at all "
-             f"({failed[-1]}); look at OPENAI_API_KEY, OPENAI_BASE_URL and the model, then run again; {path} "
-             "keeps what was answered")
+        fail(f"--judge {args.judge}: {len(failed)} requests gave no verdict, the last {in_a_row} no answer "
+             f"at all ({failed[-1]}); look at OPENAI_API_KEY, OPENAI_BASE_URL and the model, and run again; "
+             f"{path} keeps what was answered")
     if failed:
         notes.append(f"{len(failed)} of {len(names)} requests gave no verdict (the last: {failed[-1]}); the "
                      "next run asks them again")
