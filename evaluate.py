@@ -32,6 +32,7 @@ import runpy
 import sys
 from contextlib import suppress
 from functools import partial
+from itertools import product
 from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -158,8 +159,7 @@ def compare(pairs):
     """The figures of pairs whose outcomes are known, a dict."""
     outcomes = pairs["outcome"].to_numpy()
     prompts = pairs["prompt"].factorize()[0]
-    record = {"wins": int((outcomes > 0.5).sum()),
-              "ties": int((outcomes == 0.5).sum()),
+    record = {"wins": int((outcomes > 0.5).sum()), "ties": int((outcomes == 0.5).sum()),
               "losses": int((outcomes < 0.5).sum())}
     values = {"win_rate": outcomes}
     if "reward" in pairs:
@@ -177,12 +177,8 @@ def compare(pairs):
     longer = (pairs["words"] - pairs["words_theirs"]).to_numpy()
     rate, interval = length_controlled(outcomes, longer, prompts)
     record |= {"length_controlled": rate, "length_controlled_interval": interval}
-    for name in ("words", "eos"):
-        record[name] = [pairs[name].mean(), pairs[name + "_theirs"].mean()]
-    for name in ("flip", "first"):  # of a chat model
-        if name in pairs:
-            record[name] = pairs[name].mean()
-    return record
+    record |= {name: [pairs[name].mean(), pairs[name + "_theirs"].mean()] for name in ("words", "eos")}
+    return record | {name: pairs[name].mean() for name in ("flip", "first") if name in pairs}
 
 
 def bootstrap(values, prompts, resamples=2000, seed=0):
@@ -252,12 +248,10 @@ def judge_pairs(pairs, args, notes):
         ours = pair.response.strip()
         theirs = pair.response_theirs.strip()
         reference = pair.row.get("reference") if args.judge_prompt == "summary" else None
-        if isinstance(reference, str) and pair.kind_theirs != "reference":
-            reference = f"<reference>\n{reference.strip()}\n</reference>\n"
-        else:
-            reference = ""
+        shown = isinstance(reference, str) and pair.kind_theirs != "reference"
         fill = partial(JUDGE_PROMPT.format, criteria=CRITERIA[args.judge_prompt],
-                       prompt=as_text(pair.row["prompt"]), reference=reference)
+                       prompt=as_text(pair.row["prompt"]),
+                       reference=f"<reference>\n{reference.strip()}\n</reference>\n" if shown else "")
         messages.append((fill(a=ours, b=theirs), fill(a=theirs, b=ours)))
     equal = np.array([ours == theirs for ours, theirs in messages])
     answers = ask(args, [text for both in messages if both[0] != both[1] for text in both], notes)
@@ -280,7 +274,7 @@ def as_text(prompt):
         return prompt
     if len(prompt) == 1:
         return prompt[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return "\n\n".join(turn["role"] + ": " + turn["content"] for turn in prompt)
 
 
 # ---- tables and pictures
@@ -334,12 +328,12 @@ def plot_by_temperature(comparisons, field, label, level, judge):
     opponents = records["opponent"].unique()
     groups = records["group"].unique()
     figure = Figure((max(6, 1 + 3.5 * len(opponents)), 2 + 2.8 * len(groups)), layout="constrained")
-    axes = figure.subplots(len(groups), len(opponents), squeeze=False, sharex=True, sharey=True)
+    axes = figure.subplots(len(groups), len(opponents), squeeze=False, sharex=True, sharey=True).flat
     apart = 0.02 * (np.ptp(records["temperature"]) or 1)  # so that no bar hides another
     handles = {}
-    for (row, column), axis in np.ndenumerate(axes):
-        here = (records["group"] == groups[row]) & (records["opponent"] == opponents[column])
-        for policy, line in records[here].groupby("policy", sort=False):
+    for (group, opponent), axis in zip(product(groups, opponents), axes):
+        panel = records[(records["group"] == group) & (records["opponent"] == opponent)]
+        for policy, line in panel.groupby("policy", sort=False):
             k = policies.index(policy)
             x = line["temperature"] + apart * (k - (len(policies) - 1) / 2)
             y = line[field].to_numpy()
@@ -347,8 +341,7 @@ def plot_by_temperature(comparisons, field, label, level, judge):
             bars = np.maximum([y - low, high - y], 0)
             handles[policy] = axis.errorbar(x, y, bars, capsize=3, **look(k))
         axis.axhline(level, color="gray", linestyle="--", linewidth=1)
-        group = "" if groups[row] == "all" else f"\n{groups[row]}"
-        axis.set(title=f"against {opponents[column]}{group}",
+        axis.set(title=f"against {opponent}" + f"\n{group}" * (group != "all"),
                  xticks=sorted(records["temperature"].unique()))
     figure.supxlabel(f"sampling temperature (bars: 95% bootstrap interval over prompts)\n{judge}")
     figure.supylabel(label, multialignment="center")
@@ -401,12 +394,9 @@ def read_responses(args, notes):
             fail(f"{path}: it is named twice; name it once")
         files[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         if args.generations:
-            rows = read_generations(path, "reference" in (args.against or []))
-        elif args.judge_check:
-            rows = read_labelled_pairs(path, notes)
+            rows = list(read_generations(path, "reference" in (args.against or [])))
         else:
-            rows = read_annotations(path)
-        rows = list(rows)
+            rows = list(read_labelled_pairs(path, notes) if args.judge_check else read_annotations(path))
         if not rows:
             fail(f"{path}: it holds nothing to compare; give it rows, and not ties alone")
         for line, kind, row in rows:
@@ -473,8 +463,7 @@ def write_alpaca_eval(responses, out):
             fail(f"--alpaca_eval: {policy} answers a prompt several times; generate at one --temperature")
         rows = [{"instruction": as_text(row["prompt"]), "output": row["response"].strip(),
                  "generator": policy, "dataset": row.get("dataset", "alpaca_eval")} for row in own["row"]]
-        text = json.dumps(rows, indent=1, ensure_ascii=False)
-        save(out, f"{policy.replace('/', '_')}_outputs.json", text)
+        save(out, f"{policy.replace('/', '_')}_outputs.json", json.dumps(rows, indent=1, ensure_ascii=False))
 
 
 def read_rewards(paths, files, responses, notes):
@@ -543,10 +532,8 @@ def ask(args, messages, notes):
     key = os.environ.get("OPENAI_API_KEY") or "no key is set"
     client = openai.OpenAI(api_key=key, max_retries=3)
     sampling = {} if args.judge_temperature is None else {"temperature": args.judge_temperature}
-    names = {}  # what the cache calls each message
-    for message in messages:
-        asked = json.dumps([args.judge, message, sampling])
-        names[message] = hashlib.sha256(asked.encode()).hexdigest()
+    names = {message: hashlib.sha256(json.dumps([args.judge, message, sampling]).encode()).hexdigest()
+             for message in messages}  # what the cache calls them
 
     def request(message):
         try:
@@ -589,10 +576,7 @@ def ask(args, messages, notes):
                 reason = f"it said {answer!r:.60}" if answer else str(error).replace(key, "[key]")
                 failed.append(" ".join(reason.split())[:300])
             refused = isinstance(error, openai.BadRequestError) and answers  # as by a content filter
-            if answer:
-                in_a_row = 0
-            elif not refused:
-                in_a_row += 1
+            in_a_row = 0 if answer else in_a_row + (not refused)
             if in_a_row == 10:  # it is no accident
                 break
     if in_a_row == 10 or failed and not answers:
@@ -611,8 +595,8 @@ def read_log(folder):
     log = [row for _, row in read_rows(path, [])]
     for rewards in Path(folder).glob("step*/rewards.pt"):
         step = rewards.parent.name.removeprefix("step")
-        if not step.isdigit():
-            continue  # somebody's copy
+        if not step.isdigit():  # somebody's copy
+            continue
         held = load_rewards(rewards, "score the generations of that folder again")
         if not {"response", "reference"} <= held.keys():
             fail(f"{rewards}: no rewards of references; generate from prompts that carry `reference`")
