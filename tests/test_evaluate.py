@@ -36,7 +36,7 @@ def drawn(monkeypatch):
 
 def row(generator, prompt, response="x y", temperature=0.5, **more):
     return {"prompt": prompt, "response": response, "temperature": temperature, "generator": generator,
-            "tokens": len(response.split()), "eos": True, **more}
+            "tokens": len(response.split()) ** 2, "eos": True, **more}
 
 
 def write(folder, rows, oracles=("one",), name="generations.jsonl", **rewards):
@@ -108,7 +108,7 @@ def test_figures_by_hand(tmp_path):
 
     own = {(record["policy"], record["temperature"]): record for record in held["policies"]}
     assert own["us", 0.2]["n"] == 3 and own["us", 0.2]["reward"] == 3.0
-    assert own["us", 0.2]["tokens"] == own["us", 0.2]["words"] == 2.0
+    assert own["us", 0.2]["words"] == 2.0 and own["us", 0.2]["tokens"] == pytest.approx((9 + 1 + 4) / 3)
     assert own["us", 0.2]["eos"] == pytest.approx(2 / 3)
     assert own["us", "all"]["reward"] == pytest.approx(2.2)
     assert held["generations"][str(ours)] == hashlib.sha256(ours.read_bytes()).hexdigest()
@@ -246,20 +246,11 @@ def test_the_bootstrap_agrees_with_every_possible_draw_of_whole_prompts():
     for wrong in (-0.3, 0.3):  # the resampling's own error does not move them
         assert np.percentile(exact, [2.5 + wrong, 97.5 + wrong]) == pytest.approx(expected)
     assert evaluate.bootstrap(values[:, None], prompts, 20000, 0)[0] == pytest.approx(expected, abs=1e-9)
-
-
-def test_intervals_are_paired_and_seeded(tmp_path):
     noise = np.random.default_rng(3).normal(size=50)
-    rows = [row(name, f"p{k}") for name in ("us", "them") for k in range(50)]
-    data = write(tmp_path, rows, response=[[*(noise + 1), *noise]])
-    figures, _ = run(tmp_path, "--generations", data, "--against", "them")
-    figures = figures["us", "them", "all", 0.5]
-    assert figures["reward_difference_interval"] == pytest.approx([1, 1], abs=1e-6)  # float32 rewards
-    assert figures["win_rate_interval"] == [1, 1]
-    assert figures["opponent_std"] == pytest.approx(np.std(noise), rel=1e-6)
-    values = np.column_stack([noise, noise])
+    values = np.column_stack([noise, noise, noise + 1])  # the same draws for all columns
     first, again, other = (evaluate.bootstrap(values, np.arange(50), 100, seed) for seed in (0, 0, 1))
-    assert (first == again).all() and (first[0] == first[1]).all() and (first != other).any()
+    assert (first == again).all() and (first != other).any()
+    assert (first[0] == first[1]).all() and first[2] == pytest.approx(first[0] + 1)
 
 
 def test_pooling_equal_temperatures_narrows_nothing(tmp_path):
@@ -348,7 +339,7 @@ def test_the_tables_to_the_letter(tmp_path, capsys):
     assert len({len(line) for line in lines[1:5]}) == 1  # padded for a terminal
     assert [re.sub("  +", " ", line) for line in lines if "---" not in line] == [
         "## Policies", "| policy | T | n | reward | tokens | words | EOS |",
-        "| us | 0.5 | 1 | 2.000 | 3.0 | 3.0 | 0.00 |", "| base | 0.5 | 1 | 0.500 | 2.0 | 2.0 | 1.00 |",
+        "| us | 0.5 | 1 | 2.000 | 9.0 | 3.0 | 0.00 |", "| base | 0.5 | 1 | 0.500 | 4.0 | 2.0 | 1.00 |",
         "## Against base", "| policy | T | n | W/T/L | win rate | LC | reward diff. | words | EOS |",
         "| us | 0.5 | 1 | 1/0/0 | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | +1.500 [+1.500, +1.500] | "
         "3.0 / 2.0 | 0.00 / 1.00 |",
@@ -378,6 +369,7 @@ def test_pictures_draw_their_figure_with_its_interval(tmp_path, drawn):
                 assert np.ravel(drawn_bars) == pytest.approx(
                     np.ravel([record[f"{field}_interval"] for record in records]))
             assert axis.lines[-1].get_ydata() == [level, level]
+            assert len({container.lines[0].get_color() for container in axis.containers}) == 2
     assert "win rate" in drawn["win_rates.png"].get_supylabel()
     assert "advantage" in drawn["advantages.png"].get_supylabel()
     legend = drawn["win_rates.png"].legends[0]

@@ -1,16 +1,10 @@
 """evaluate.py --judge: prompts, verdicts, the cache, and servers that fail."""
-import itertools
-import json
-import os
-import subprocess
-import sys
-import threading
 import time
 
 import numpy as np
 import pytest
 from conftest import Judge
-from test_evaluate import ROOT, counts, drawn, evaluate, row, run, write  # noqa: F401
+from test_evaluate import counts, drawn, evaluate, row, run, write  # noqa: F401
 
 KEY = "sk-secret-0123456789"
 
@@ -105,39 +99,20 @@ def test_answers_are_kept_for_each_model_and_temperature(judged, tmp_path):
     assert [asked.get("temperature") for asked in judge.asked] == [None] * 16 + [0] * 8
 
 
-def test_a_run_goes_on_after_an_answer_that_was_cut_off(judged, tmp_path):
+def test_answers_are_on_disk_as_they_come_and_one_that_was_cut_off_is_asked_again(judged, tmp_path):
     cache = tmp_path / "out/verdicts.jsonl"
-    with Judge(longer, statuses=[500]) as judge:
+    kept = []
+
+    def decide(a, b):
+        kept.append(cache.read_text().count("\n"))
+        return longer(a, b)
+    with Judge(decide, statuses=[500]) as judge:
         first, _ = judged(judge, PAIRS)
         assert len(judge.prompts) == 2 * 4 + 1  # and one 500
+        assert 0 < max(kept) < 8
         cache.write_bytes(cache.read_bytes()[:-20])
         for _ in range(2):
             assert judged(judge, PAIRS)[0] == first and len(judge.prompts) == 10
-
-
-def test_a_killed_run_keeps_its_answers(judged, tmp_path):
-    numbers = itertools.count(1)
-    released = threading.Event()
-
-    def decide(a, b):
-        if next(numbers) > 3:
-            released.wait(30)
-        return longer(a, b)
-    with Judge(decide) as judge:
-        command = [sys.executable, ROOT / "evaluate.py", "--generations", write(tmp_path, PAIRS), "--judge",
-                   "toy-judge", "--out", tmp_path / "out"]
-        environment = {**os.environ, "OPENAI_BASE_URL": f"http://127.0.0.1:{judge.server.server_port}/v1"}
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        cache = tmp_path / "out/verdicts.jsonl"
-        end = time.time() + 30
-        while time.time() < end and not (cache.exists() and cache.read_text().count("\n") == 3):
-            time.sleep(0.05)
-        process.kill()
-        process.wait()
-        released.set()
-        before = len(judge.prompts)
-        figures, _ = judged(judge, PAIRS)
-        assert figures[KEPT]["win_rate"] == 0.7 and len(judge.prompts) == before + 5
 
 
 def test_a_judge_is_checked_against_labels(judged, tmp_path):
@@ -202,18 +177,12 @@ def test_refused_requests_do_not_stop_a_judge_that_answers(judged):
                                 "luck, Bearer [key]); the next run asks them again")
 
 
-FAILURES = {"429": {"statuses": [429] * 999}, "401": {"statuses": [401] * 999},
-            "400": {"statuses": [400] * 999},
-            "no JSON": {"body": b"<html>It works!</html>"}, "a list": {"body": b"[1, 2]"},
-            "no choice": {"body": b'{"id": "1", "choices": []}'},
-            "an error": {"body": b'{"error": {"message": "Bearer sk-secret-0123456789 is wrong"}}'},
-            "an empty choice": {"body": b'{"id": "1", "choices": [{"index": 0, "message": null}]}'},
-            "half a reply": {"body": b'{"id": "1", "choi'}}
-
-
-@pytest.mark.parametrize("failure", FAILURES)
-def test_a_failing_server_ends_the_run_without_the_key(judged, capsys, tmp_path, failure):
-    with Judge(longer, **FAILURES[failure]) as judge, pytest.raises(SystemExit) as exit_:
+@pytest.mark.parametrize("statuses, body", [
+    ([429] * 999, None), ([400] * 999, None), ([], b"<html>It works!</html>"), ([], b"[1, 2]"),
+    ([], b'{"error": {"message": "Bearer sk-secret-0123456789 is wrong"}}'), ([], b'{"id": "1", "choi'),
+    ([], b'{"id": "1", "choices": [{"index": 0, "message": null}]}')])
+def test_a_failing_server_ends_the_run_without_the_key(judged, capsys, tmp_path, statuses, body):
+    with Judge(longer, statuses, body) as judge, pytest.raises(SystemExit) as exit_:
         judged(judge, MANY)
     output = capsys.readouterr()
     assert exit_.value.code == 2
@@ -237,11 +206,3 @@ def test_a_server_that_hangs_is_reported_and_waited_for(judged, capsys, monkeypa
     assert figures[KEPT]["n"] == 5
     message = f"http://127.0.0.1:{judge.server.server_port}/v1/ has not answered for 0.3 s"
     assert message in capsys.readouterr().err
-
-
-def test_a_judge_out_of_reach(judged, capsys):
-    with Judge(longer) as judge:
-        pass  # the server is gone
-    with pytest.raises(SystemExit):
-        judged(judge, PAIRS)
-    assert "Connection error" in capsys.readouterr().err.splitlines()[-1]
