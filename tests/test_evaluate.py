@@ -270,30 +270,39 @@ def test_pooling_equal_temperatures_narrows_nothing(tmp_path):
 
 # ---- the win rate at equal length
 
-def test_length_controlled_is_the_maximum_of_its_likelihood():
+def test_length_controlled_is_the_maximum_of_its_likelihood_with_clustered_errors():
     rng = np.random.default_rng(0)
     differences = rng.normal(5, 20, size=300)
     chance = 1 / (1 + np.exp(-(-0.4 + 1.5 * np.tanh(differences / 20))))
     outcomes = np.where(rng.random(300) < 0.1, 0.5, rng.random(300) < chance)
+    prompts = np.arange(300) // 3
     x = torch.tanh(torch.tensor(differences / differences.std()))
+    x = torch.stack([torch.ones_like(x), x])
     y = torch.tensor(outcomes)
+
+    def losses(weights):  # the objective as METRICS.md prints it
+        return torch.nn.functional.binary_cross_entropy_with_logits(weights @ x, y, reduction="none")
+
+    def objective(weights):
+        return losses(weights).sum() + weights[1] ** 2 / 2
     weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15)
 
-    def loss():  # another optimiser on the objective as METRICS.md prints it
+    def closure():
         optimizer.zero_grad()
-        logits = weights[0] + weights[1] * x
-        value = torch.nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="sum")
-        value = value + weights[1] ** 2 / 2
-        value.backward()
-        return value
-    optimizer.step(loss)
-    expected = torch.sigmoid(weights[0]).item()
-    rate, (low, high) = evaluate.length_controlled(outcomes, differences, np.arange(300))
-    assert rate == pytest.approx(expected, abs=1e-6) and low < rate < high
-    assert abs(expected - outcomes.mean()) > 0.03  # the length matters here
-    mirror, (theirs_low, _) = evaluate.length_controlled(1 - outcomes, -differences, np.arange(300))
-    assert [mirror, theirs_low] == pytest.approx([1 - expected, 1 - high], abs=1e-6)
+        objective(weights).backward()
+        return objective(weights)
+    optimizer.step(closure)
+    rate, (low, high) = evaluate.length_controlled(outcomes, differences, prompts)
+    assert rate == pytest.approx(torch.sigmoid(weights[0]).item(), abs=1e-6)
+    assert abs(rate - outcomes.mean()) > 0.03  # the length matters here
+
+    best = weights.detach()
+    inverse = torch.autograd.functional.hessian(objective, best).inverse()
+    scores = torch.autograd.functional.jacobian(losses, best).reshape(100, 3, 2).sum(1)  # one per prompt
+    error = (inverse @ scores.T @ scores @ inverse)[0, 0].sqrt().item()
+    interval = [1 / (1 + np.exp(-best[0].item() - bound)) for bound in (-1.96 * error, 1.96 * error)]
+    assert [low, high] == pytest.approx(interval, abs=1e-6)
 
 
 @pytest.mark.parametrize("outcomes, differences, expected", [
@@ -303,26 +312,6 @@ def test_length_controlled_stays_finite(outcomes, differences, expected):
     prompts = np.arange(len(outcomes))
     rate, (low, high) = evaluate.length_controlled(np.array(outcomes), np.array(differences), prompts)
     assert rate == pytest.approx(expected) and low <= rate <= high
-
-
-def test_the_interval_at_equal_length_covers_the_true_rate():
-    """Of 60 prompts with 4 samples each. A prompt's rate at equal length is 0.1 or 0.9."""
-    rng = np.random.default_rng(5)
-
-    def draw(a):  # b = 1.2, which the penalty hardly moves
-        differences = rng.normal(10, 20, size=len(a))
-        chance = 1 / (1 + np.exp(-a - 1.2 * np.tanh(differences / 20)))
-        return (rng.random(len(a)) < chance).astype(float), differences
-    logit = np.log(0.9 / 0.1)
-    many = draw(rng.choice([-logit, logit], size=100_000))
-    true_rate, _ = evaluate.length_controlled(*many, np.arange(100_000))
-    data = [draw(rng.choice([-logit, logit], size=60).repeat(4)) for _ in range(200)]
-
-    def coverage(prompts):
-        intervals = [evaluate.length_controlled(*pair, prompts)[1] for pair in data]
-        return np.mean([low <= true_rate <= high for low, high in intervals])
-    assert 0.91 < coverage(np.arange(60).repeat(4)) < 0.98
-    assert coverage(np.arange(240)) < 0.85  # a prompt's samples tell less than 4 prompts
 
 
 # ---- tables and pictures
