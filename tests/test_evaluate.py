@@ -111,6 +111,9 @@ def test_figures_by_hand(tmp_path):
     assert own["us", 0.2]["words"] == 2.0 and own["us", 0.2]["tokens"] == pytest.approx((9 + 1 + 4) / 3)
     assert own["us", 0.2]["eos"] == pytest.approx(2 / 3)
     assert own["us", "all"]["reward"] == pytest.approx(2.2)
+    table = (tmp_path / "out/evaluation.md").read_text()
+    assert re.search(r"us \| 0\.2 \|  3 \| 2/1/0 \| 0\.833 \[", table)
+    assert re.search(r"us \| all \|  5 \| 3/1/1 \| 0\.700 \[", table)
     assert held["generations"][str(ours)] == hashlib.sha256(ours.read_bytes()).hexdigest()
 
 
@@ -119,9 +122,9 @@ def test_partners_are_of_the_same_prompt_temperature_and_group_in_file_order(tmp
     rows = [row("us", "p1", temperature=0.2, set="in"), row("us", "p1", temperature=0.9, set="in"),
             row("us", "p1", temperature=0.2, set="in"), row("us", "p2", temperature=0.2, set="out"),
             row("them", messages, temperature=0.2, set="in"), row("them", "p2", temperature=0.2, set="out"),
-            row("them", "p1", temperature=0.2, set="in"), row("them", "p1", temperature=0.2, set="in"),
-            row("them", "p1", temperature=0.2, set="out")]
-    data = write(tmp_path, rows, response=[[1.0, 9.0, 2.0, 7.0, 9.0, 3.0, 1.0, 5.0, 9.0]])
+            row("them", "p1", temperature=0.2, set="out"), row("them", "p1", temperature=0.2, set="in"),
+            row("them", "p1", temperature=0.2, set="in")]
+    data = write(tmp_path, rows, response=[[1.0, 9.0, 2.0, 7.0, 9.0, 3.0, 9.0, 1.0, 5.0]])
     figures, held = run(tmp_path, "--generations", data, "--against", "them", "--group_by", "set")
     assert set(figures) == {("us", "them", "set in", 0.2), ("us", "them", "set out", 0.2)}
     inside = figures["us", "them", "set in", 0.2]  # 1 : 1 and 2 : 5
@@ -189,18 +192,19 @@ def test_with_group_by_folder_students_meet_in_their_folder(tmp_path, drawn):
 
 def test_a_reward_function_reads_the_row_and_its_failures_name_the_line(tmp_path, capsys):
     code = tmp_path / "mine.py"
-    code.write_text("def reward(row):\n    return len(row['response'].split()) - (not row['eos'])\n"
+    code.write_text("def reward(row):\n"
+                    "    return len(row['response'].split()) - (not row['eos']) + (row['tokens'] is None)\n"
                     "def broken(row):\n    return 1 / (row['prompt'] != 'p2')\n"
                     "def text(row):\n    return '3'\n"
-                    "def reference(row):\n    return float('nan') if row['tokens'] else 1\n")
-    rows = [row("us", "p1", "a b c", eos=False, reference="a b"), row("us", "p2", "a", reference="a b")]
+                    "def nan(row):\n    return float('nan')\n")
+    rows = [row("us", "p1", "a b c", eos=False, reference="a"), row("us", "p2", "a", reference="a")]
     data = write(tmp_path, rows)
     flags = ["--generations", data, "--against", "reference", "--reward_fn"]
     for name, expected in (("broken", f"{data}, line 2 (ZeroDivisionError"), ("absent", "absent"),
-                           ("text", f"{data}, line 1 (TypeError"), ("reference", "reference gave NaN")):
+                           ("text", f"{data}, line 1 (TypeError"), ("nan", "nan gave NaN")):
         assert expected in refused(capsys, tmp_path, *flags, f"{code}:{name}")
     figures, _ = run(tmp_path, *flags, f"{code}:reward")
-    assert counts(figures["us", "reference", "all", 0.5]) == (0, 1, 1)  # 3 - 1 : 2, 1 : 2
+    assert counts(figures["us", "reference", "all", 0.5]) == (0, 1, 1)  # 3 - 1 : 1 + 1, 1 : 1 + 1
 
 
 def test_an_oracle_is_checked_against_labels(tmp_path, drawn):
@@ -379,9 +383,9 @@ def log(folder, *rows):
 
 
 def test_curves_have_a_panel_per_figure_and_the_held_out_line_beside(tmp_path, capsys):
-    run = log(tmp_path / "drdo", {"step": 5, "loss": 1.0, "loss/contrastive": 0.5, "logps/chosen": -9.0},
-              {"step": 10, "eval_loss": 1.25, "eval_rewards/accuracies": 0.625},
-              {"step": 10, "loss": 0.75, "logps/chosen": -8.0, "grad_norm": None})
+    run = log(tmp_path / "drdo", {"step": 10, "eval_loss": 1.25, "eval_rewards/accuracies": 0.625},
+              {"step": 10, "loss": 0.75, "logps/chosen": -8.0, "grad_norm": None},
+              {"step": 5, "loss": 1.0, "loss/contrastive": 0.5, "logps/chosen": -9.0})
     drawn = {axis.get_title(): [line.get_xydata().tolist() for line in axis.lines]
              for axis in evaluate.plot_curves([run]).axes}
     assert drawn == {"loss": [[[5, 1.0], [10, 0.75]], [[10, 1.25]]], "loss/contrastive": [[[5, 0.5]]],
@@ -393,14 +397,15 @@ def test_curves_have_a_panel_per_figure_and_the_held_out_line_beside(tmp_path, c
 
 
 def test_many_runs_can_be_told_apart(tmp_path):
-    runs = [log(tmp_path / f"run{k}", {"step": 1, "loss": k}, {"step": 2, "eval_loss": k}) for k in range(12)]
+    runs = [log(tmp_path / f"run{k}", {"step": 1, "loss": -1}, {"step": 2, "eval_loss": k})
+            for k in range(12)]
     figure = evaluate.plot_curves([run + "/" for run in runs])
     lines = figure.axes[0].lines
     held_out = [line for line in lines if line.get_marker() not in ("", "None")]
     assert [line.get_ydata()[0] for line in held_out] == list(range(12))
     assert {line.get_alpha() for line in lines if line not in held_out} == {0.4}
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in held_out}
-    assert len(looks) == 12 and len({line.get_color() for line in held_out}) == 10
+    assert [len(set(values)) for values in (looks, *zip(*looks))] == [12, 10, 4, 8]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == runs
 
 
