@@ -500,6 +500,12 @@ def test_alpaca_eval_reads_our_outputs_and_we_its_annotations(tmp_path):
 
 # ---- what is refused
 
+@pytest.mark.parametrize("flags", ["--alpaca_eval --curves x", "--annotations x --judge m",
+                                   "--annotations x --group_by y", "--annotations x --rewards z"])
+def test_flags_that_would_be_ignored_are_refused(tmp_path, capsys, flags):
+    assert f"error: {flags.split()[0]}: " in refused(capsys, tmp_path, *flags.split())
+
+
 NULL = [json.dumps([annotations(1)[0] | {key: None}]) for key in ("output_2", "generator_2")]
 
 
@@ -517,7 +523,8 @@ def test_broken_annotations_are_refused(tmp_path, capsys, text):
     (json.dumps(row("us", [{"role": "user"}])), "line 2: `prompt` holds no text (KeyError"),
     (json.dumps(row("us", "\ud800")), "line 2: `prompt` holds no text (UnicodeEncodeError"),
     (json.dumps(row("us", "p", temperature="hot")), "line 2: no `temperature` number"),
-    (json.dumps(row("us", "p", temperature=NAN)), "line 2: no `temperature` number")])
+    (json.dumps(row("us", "p", temperature=NAN)), "line 2: no `temperature` number"),
+    (json.dumps(row("us", "p", temperature=-np.inf)), "line 2: no `temperature` number")])
 def test_a_broken_line_is_refused_by_its_number(tmp_path, capsys, line, expected):
     lines = [json.dumps(row("us", "p")), line, json.dumps(row("us", "q"))]
     (tmp_path / "g.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
