@@ -1,451 +1,429 @@
-"""evaluate.py: win rates, intervals, pairs, tables and pictures against known answers. test_judge.py has the
-chat models."""
-
+"""evaluate.py as a specification: who meets whom, win rates, intervals, tables, pictures. test_judge.py has
+the chat models."""
 import hashlib
 import importlib.metadata
 import itertools
 import json
-import os
 import re
-import shutil
 import sys
 import types
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 
 NAN = float("nan")
+SAVEFIG = evaluate.Figure.savefig
 
 
 @pytest.fixture(autouse=True)
-def quick_pictures(request, monkeypatch):
-    """Drawing takes a second a run; test_pictures and test_curves read files that were drawn."""
-    drawn = "test_pictures", "test_curves", "test_the_loss_picture_of_the_paper"
-    if request.function.__name__ not in drawn:
-        monkeypatch.setattr(evaluate.Figure, "savefig", lambda figure, path, **_: open(path, "w").close())
+def drawn(monkeypatch):
+    """{name: figure} of the pictures that a run saves. Their files stay empty: drawing takes a second."""
+    figures = {}
+
+    def keep(figure, path, **_):
+        figures[Path(path).name.removesuffix(".partial")] = figure
+        Path(path).touch()
+    monkeypatch.setattr(evaluate.Figure, "savefig", keep)
+    return figures
 
 
 def row(generator, prompt, response="x y", temperature=0.5, **more):
     return {"prompt": prompt, "response": response, "temperature": temperature, "generator": generator,
-            "tokens": len(response.split()), "eos": True, **more}
+            "tokens": len(response.split()) ** 2, "eos": True, **more}
 
 
-def write(path, rows, rewards=None, reference=None, oracles=("one",)):
-    """A generations file and, beside it, the rewards file NAME.pt of nested lists (K, N)."""
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    if rewards is not None:
-        held = {"response": torch.tensor(rewards), "oracles": list(oracles),
-                "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        if reference is not None:
-            held["reference"] = torch.tensor(reference)
-        torch.save(held, path.with_suffix(".pt"))
-    return str(path), str(path.with_suffix(".pt"))
+def write(folder, rows, oracles=("one",), name="generations.jsonl", **rewards):
+    """A JSONL file, and the rewards.pt beside it of `response`, `reference`, ...: lists (K, N)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if rewards:
+        held = {kind: torch.tensor(values) for kind, values in rewards.items()}
+        held["oracles"] = list(oracles)
+        held["data_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        torch.save(held, folder / "rewards.pt")
+    return path
 
 
-def run(tmp_path, *arguments):
+def run(tmp_path, *flags):
     """A run's comparisons by (policy, opponent, group, temperature), and all of its evaluation.json."""
-    evaluate.main([*map(str, arguments), "--out", str(tmp_path / "out")])
+    evaluate.main([*map(str, flags), "--out", str(tmp_path / "out")])
     held = json.loads((tmp_path / "out/evaluation.json").read_text(), parse_constant=pytest.fail)
-    return {(r["policy"], r["opponent"], r["group"], r["temperature"]): r for r in held["comparisons"]}, held
+    keys = "policy", "opponent", "group", "temperature"
+    return {tuple(record[key] for key in keys): record for record in held["comparisons"]}, held
 
 
-def refused(capsys, tmp_path, *arguments):
+def refused(capsys, tmp_path, *flags):
     """The one line of a run that must end with status 2 and write no results."""
     with pytest.raises(SystemExit) as exit_:
-        run(tmp_path, *arguments)
-    assert exit_.value.code == 2
+        run(tmp_path, *flags)
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1 and not (tmp_path / "out/evaluation.json").exists()
+    assert exit_.value.code == 2 and len(lines) == 1
+    assert not (tmp_path / "out/evaluation.json").exists()
     return lines[0]
 
 
-# win rates and pairs
+def counts(record):
+    return record["wins"], record["ties"], record["losses"]
+
+
+# ---- who meets whom, and who wins
 
 def test_figures_by_hand(tmp_path):
     ours = [row("us", "p1", "a b c", 0.2, eos=False), row("us", "p2", "a", 0.2), row("us", "p3", "a b", 0.2),
             row("us", "p1", "c", 0.9), row("us", "p2", "d", 0.9)]
     theirs = [row("them", "p2", "e f", 0.9), row("them", "p3", "g h", 0.2), row("them", "p1", "i j", 0.2),
               row("them", "p2", "k l", 0.2), row("them", "p1", "m n", 0.9)]  # another order
-    ours, our_rewards = write(tmp_path / "ours.jsonl", ours, [[3.0, 1.0, 5.0, 0.0, 2.0]])
-    theirs, their_rewards = write(tmp_path / "theirs.jsonl", theirs, [[1.0, 4.0, 1.0, 1.0, 2.0]])
-    figures, held = run(tmp_path, "--generations", ours, theirs, "--rewards", our_rewards, their_rewards)
+    ours = write(tmp_path / "us", ours, response=[[3.0, 1.0, 5.0, 0.0, 2.0]])
+    theirs = write(tmp_path / "them", theirs, response=[[1.0, 4.0, 1.0, 1.0, 2.0]])
+    figures, held = run(tmp_path, "--generations", ours, theirs)
 
     cold = figures["us", "them", "all", 0.2]  # 3 : 1, 1 : 1, 5 : 4
-    assert [cold[k] for k in ("n", "wins", "ties", "losses")] == [3, 2, 1, 0]
+    assert cold["n"] == 3 and counts(cold) == (2, 1, 0)
     assert cold["win_rate"] == pytest.approx(2.5 / 3)
     assert cold["reward_difference"] == pytest.approx(1.0)
     assert cold["opponent_std"] == pytest.approx(2 ** 0.5)  # of 1, 1, 4: mean 2, variance (1 + 1 + 4) / 3
     assert cold["advantage"] == pytest.approx(2 ** -0.5)
     expected = [bound / 2 ** 0.5 for bound in cold["reward_difference_interval"]]
     assert cold["advantage_interval"] == pytest.approx(expected)
-    assert cold["words"] == [2.0, 2.0] and cold["eos"] == pytest.approx([2 / 3, 1.0])
+    assert cold["words"] == [2.0, 2.0]
+    assert cold["eos"] == pytest.approx([2 / 3, 1.0])
     hot = figures["us", "them", "all", 0.9]  # 0 : 2, 2 : 1
-    assert [hot[k] for k in ("n", "wins", "ties", "losses", "win_rate")] == [2, 1, 0, 1, 0.5]
+    assert hot["n"] == 2 and counts(hot) == (1, 0, 1) and hot["win_rate"] == 0.5
     pooled = figures["us", "them", "all", "all"]
-    assert [pooled[k] for k in ("n", "wins", "ties", "losses", "win_rate")] == [5, 3, 1, 1, 0.7]
+    assert pooled["n"] == 5 and counts(pooled) == (3, 1, 1) and pooled["win_rate"] == 0.7
+    longer = np.array([1, -1, 0, -1, -1])  # in words, by prompts 0, 1, 2, 0, 1
+    expected, _ = evaluate.length_controlled(np.array([1, 0.5, 1, 0, 1]), longer, np.array([0, 1, 2, 0, 1]))
+    assert pooled["length_controlled"] == pytest.approx(expected)
     back = figures["them", "us", "all", "all"]  # the mirror image
-    assert (back["wins"], back["win_rate"]) == (1, pytest.approx(0.3))
+    assert counts(back) == (1, 1, 3) and back["win_rate"] == pytest.approx(0.3)
     assert back["reward_difference"] == pytest.approx(-pooled["reward_difference"]) == pytest.approx(-0.4)
-    summary = {(r["policy"], r["temperature"]): r for r in held["policies"]}
-    assert summary["us", 0.2]["reward"] == 3.0 and summary["us", "all"]["reward"] == pytest.approx(2.2)
-    assert summary["us", 0.2]["eos"] == pytest.approx(2 / 3) and summary["us", 0.2]["n"] == 3
-    assert held["generations"][ours] == hashlib.sha256(open(ours, "rb").read()).hexdigest()
+
+    own = {(record["policy"], record["temperature"]): record for record in held["policies"]}
+    assert own["us", 0.2]["n"] == 3 and own["us", 0.2]["reward"] == 3.0
+    assert own["us", 0.2]["words"] == 2.0 and own["us", 0.2]["tokens"] == pytest.approx((9 + 1 + 4) / 3)
+    assert own["us", 0.2]["eos"] == pytest.approx(2 / 3)
+    assert own["us", "all"]["reward"] == pytest.approx(2.2)
     table = (tmp_path / "out/evaluation.md").read_text()
-    assert re.search(r"us \| 0\.2 \|  3 \| 2/1/0 \| 0\.833 \[", table) and "0.67 / 1.00" in table
+    assert re.search(r"us \| 0\.2 \|  3 \| 2/1/0 \| 0\.833 \[", table)
+    assert re.search(r"us \| all \|  5 \| 3/1/1 \| 0\.700 \[", table)
+    assert held["generations"][str(ours)] == hashlib.sha256(ours.read_bytes()).hexdigest()
 
 
-def test_partners_are_of_the_same_prompt_temperature_and_group(tmp_path, capsys):
+def test_partners_are_of_the_same_prompt_temperature_and_group_in_file_order(tmp_path):
+    messages = [{"role": "user", "content": "p1"}]  # another prompt than the text
     rows = [row("us", "p1", temperature=0.2, set="in"), row("us", "p1", temperature=0.9, set="in"),
             row("us", "p1", temperature=0.2, set="in"), row("us", "p2", temperature=0.2, set="out"),
-            row("them", [{"role": "user", "content": "p1"}], temperature=0.2, set="in"),  # another prompt
-            row("them", "p2", temperature=0.2, set="out"), row("them", "p1", temperature=0.2, set="in"),
-            row("them", "p1", temperature=0.2, set="in"), row("them", "p1", temperature=0.2, set="out")]
-    data, rewards = write(tmp_path / "g.jsonl", rows, [[1.0, 9.0, 2.0, 7.0, 9.0, 3.0, 1.0, 5.0, 9.0]])
-    figures, held = run(tmp_path, "--generations", data, "--rewards", rewards, "--against", "them",
-                        "--group_by", "set")
+            row("them", messages, temperature=0.2, set="in"), row("them", "p2", temperature=0.2, set="out"),
+            row("them", "p1", temperature=0.2, set="out"), row("them", "p1", temperature=0.2, set="in"),
+            row("them", "p1", temperature=0.2, set="in")]
+    data = write(tmp_path, rows, response=[[1.0, 9.0, 2.0, 7.0, 9.0, 3.0, 9.0, 1.0, 5.0]])
+    figures, held = run(tmp_path, "--generations", data, "--against", "them", "--group_by", "set")
     assert set(figures) == {("us", "them", "set in", 0.2), ("us", "them", "set out", 0.2)}
-    inside = figures["us", "them", "set in", 0.2]  # in file order 1 : 1 and 2 : 5
-    assert (inside["wins"], inside["ties"], inside["losses"], inside["reward_difference"]) == (0, 1, 1, -1.5)
+    inside = figures["us", "them", "set in", 0.2]  # 1 : 1 and 2 : 5
+    assert counts(inside) == (0, 1, 1) and inside["reward_difference"] == -1.5
     assert figures["us", "them", "set out", 0.2]["reward_difference"] == 4.0
-    note = ("us against them: 1 of 4 responses are left out: no partner of the same prompt, temperature and "
-            "group")
-    assert held["notes"] == [note] and note in capsys.readouterr().out
+    assert held["notes"] == ["us against them: 1 of 4 responses are left out: no partner of the same prompt, "
+                             "temperature and group"]
 
 
-def test_oracles_are_averaged_and_nan_is_left_out(tmp_path):
-    ours, our_rewards = write(tmp_path / "a.jsonl", [row("us", f"p{k}") for k in range(4)],
-                              [[1.0, 1.0, 1.0, NAN], [8.0, 0.0, 3.0, 9.0]], oracles=("one", "two"))
-    theirs, their_rewards = write(tmp_path / "b.jsonl", [row("them", f"p{k}") for k in range(4)],
-                                  [[2.0, 2.0, NAN, 0.0], [2.0, 1.0, 0.0, 0.0]], oracles=("one", "two"))
-    figures, held = run(tmp_path, "--generations", ours, theirs, "--rewards", our_rewards, their_rewards,
-                        "--against", "them")
-    figures = figures["us", "them", "all", 0.5]  # means 4.5 : 2, 0.5 : 1.5; the first oracle: both lost
-    assert (figures["n"], figures["wins"], figures["losses"], figures["reward_difference"]) == (2, 1, 1, 0.75)
-    note = "us against them: 2 pairs are left out: too long for the --max_length of precompute_rewards.py"
-    assert held["notes"] == [note]
-    assert held["oracles"] == ["one", "two"]
-    means = {r["policy"]: r["reward"] for r in held["policies"]}
+def test_a_reference_meets_the_response_of_its_own_row_alone(tmp_path):
+    rows = [row("us", "p", set=1, reference="r"), row("us", "p", set=2, reference="r s t"),
+            row("them", "p", set=1, reference="another"), row("us", "q", set=1)]
+    data = write(tmp_path / "a", rows, response=[[1.0, 2.0, 5.0, 9.0]], reference=[[0.0, 3.0, 1.0, NAN]])
+    without = write(tmp_path / "b", [row("base", "p", set=1)], response=[[3.0]])
+    figures, held = run(tmp_path, "--generations", without, data, "--group_by", "set",
+                        "--against", "reference", "base", "base")
+    differences = {key[:3]: record["reward_difference"] for key, record in figures.items()}
+    assert differences == {
+        ("us", "reference", "set 1"): 1.0, ("us", "reference", "set 2"): -1.0,
+        ("them", "reference", "set 1"): 4.0, ("us", "base", "set 1"): -2.0, ("them", "base", "set 1"): 2.0}
+    assert figures["us", "reference", "set 2", 0.5]["words"] == [2.0, 3.0]
+    assert figures["us", "reference", "set 2", 0.5]["eos"] == [1.0, None]  # nobody knows a reference's
+    assert [note.split(" responses")[0] for note in held["notes"]] == [
+        "base against reference: 1 of 1", "us against reference: 1 of 3", "us against base: 2 of 3"]
+    assert sum(record["n"] for record in held["policies"]) == 5  # a reference is no policy's response
+
+
+def test_oracles_are_averaged_and_pairs_with_nan_are_left_out_and_counted(tmp_path):
+    names = ["one", "two"]
+    ours = write(tmp_path / "a", [row("us", f"p{k}") for k in range(4)], names,
+                 response=[[1.0, 1.0, 1.0, NAN], [8.0, 0.0, 3.0, 9.0]])
+    theirs = write(tmp_path / "b", [row("them", f"p{k}") for k in range(4)], names,
+                   response=[[2.0, 2.0, NAN, 0.0], [2.0, 1.0, 0.0, 0.0]])
+    figures, held = run(tmp_path, "--generations", ours, theirs, "--against", "them")
+    figures = figures["us", "them", "all", 0.5]  # means 4.5 : 2, 0.5 : 1.5; by the first both are lost
+    assert figures["n"] == 2 and counts(figures) == (1, 0, 1) and figures["reward_difference"] == 0.75
+    assert held["oracles"] == names
+    assert held["notes"] == [
+        "us against them: 2 pairs are left out: too long for the --max_length of precompute_rewards.py"]
+    means = {record["policy"]: record["reward"] for record in held["policies"]}
     assert means == pytest.approx({"us": 7 / 3, "them": 3.5 / 3})
 
 
-def test_reference_is_an_opponent(tmp_path):
-    (tmp_path / "run").mkdir()
-    rows = [row("us", "p0"), row("us", "p1", "a b", reference=" 1 2 3"), row("us", "p2", reference=" 1")]
-    data, _ = write(tmp_path / "run/rewards.jsonl", rows, [[9.0, 1.0, 2.0]], reference=[[NAN, 4.0, 1.0]])
-    figures, held = run(tmp_path, "--generations", data, "--against", "reference")  # finds run/rewards.pt
-    figures = figures["us", "reference", "all", 0.5]
-    assert (figures["wins"], figures["losses"], figures["reward_difference"]) == (1, 1, -1.0)
-    assert figures["words"] == [2.0, 2.0]
-    assert figures["eos"] == [1.0, None]
-    assert held["notes"][0].startswith("us against reference: 1 of 3 responses")
+def test_with_group_by_folder_students_meet_in_their_folder(tmp_path, drawn):
+    """Table 2 and Figure 3. out/sft, outside of all groups, meets all of them."""
+    files = []
+    for group, gain in ("out/opt-125m", 1.0), ("out/opt-350m", -1.0):
+        for policy, won in ("drdo", gain), ("sft", 0.0):
+            rows = [row(f"{group}/{policy}/", f"p{k}", temperature=temperature, reference="r")
+                    for k in range(3) for temperature in (0.2, 0.9)]
+            files.append(write(tmp_path / group / policy, rows, response=[[won] * 6], reference=[[0.5] * 6]))
+    rows = [row("out/sft", f"p{k}", temperature=0.9) for k in range(3)]
+    files.append(write(tmp_path / "out/sft", rows, response=[[2.0] * 3]))
+    figures, _ = run(tmp_path, "--generations", *files, "--group_by", "folder",
+                     "--against", "sft", "out/sft", "reference")
+    assert counts(figures["drdo", "sft", "folder out/opt-125m", 0.2]) == (3, 0, 0)
+    assert counts(figures["drdo", "sft", "folder out/opt-350m", 0.2]) == (0, 0, 3)
+    assert figures["drdo", "reference", "folder out/opt-125m", 0.9]["reward_difference"] == 0.5
+    assert figures["drdo", "out/sft", "folder out/opt-350m", 0.9]["reward_difference"] == -3.0
+    assert ("sft", "out/sft", "folder out", 0.9) not in figures
+    assert [axis.get_title() for axis in drawn["win_rates.png"].axes] == [
+        f"against {opponent}\nfolder out/opt-{size}"
+        for size in ("125m", "350m") for opponent in ("sft", "out/sft", "reference")]
 
 
-def test_a_reference_meets_the_response_of_its_own_row(tmp_path):
-    rows = [row("us", "p", domain=domain, reference="r") for domain in ("posts", "articles")]
-    data, rewards = write(tmp_path / "g.jsonl", rows, [[1.0, 2.0]], reference=[[0.0, 3.0]])
-    figures, held = run(tmp_path, "--generations", data, "--rewards", rewards, "--against", "reference",
-                        "--group_by", "domain")
-    for domain, difference in ("posts", 1.0), ("articles", -1.0):
-        assert figures["us", "reference", f"domain {domain}", 0.5]["reward_difference"] == difference
-    assert not [note for note in held["notes"] if "left out" in note]
-
-
-def test_reward_function(tmp_path, capsys):
+def test_a_reward_function_reads_the_row_and_its_failures_name_the_line(tmp_path, capsys):
     code = tmp_path / "mine.py"
-    code.write_text("def reward(row):\n    return len(row['response'].split()) - (not row['eos'])\n"
+    code.write_text("def reward(row):\n"
+                    "    return len(row['response'].split()) - (not row['eos']) + (row['tokens'] is None)\n"
                     "def broken(row):\n    return 1 / (row['prompt'] != 'p2')\n"
-                    "def text(row):\n    return '3'\n")
-    rows = [row("us", "p1", "a b c", eos=False, reference="a b"), row("us", "p2", "a", reference="a b")]
-    data, _ = write(tmp_path / "g.jsonl", rows)
+                    "def text(row):\n    return '3'\n"
+                    "def nan(row):\n    return float('nan')\n")
+    rows = [row("us", "p1", "a b c", eos=False, reference="a"), row("us", "p2", "a", reference="a")]
+    data = write(tmp_path, rows)
     flags = ["--generations", data, "--against", "reference", "--reward_fn"]
-    for name, expected in (("broken", f"{data}, line 2 (ZeroDivisionError"),
-                           ("text", f"{data}, line 1 (TypeError")):
-        message = refused(capsys, tmp_path, *flags, f"{code}:{name}")
-        assert f"{code}:{name}" in message and expected in message
-    assert "absent" in refused(capsys, tmp_path, *flags, f"{code}:absent")
+    for name, expected in (("broken", f"{data}, line 2 (ZeroDivisionError"), ("absent", "absent"),
+                           ("text", f"{data}, line 1 (TypeError"), ("nan", "nan gave NaN")):
+        assert expected in refused(capsys, tmp_path, *flags, f"{code}:{name}")
     figures, _ = run(tmp_path, *flags, f"{code}:reward")
-    figures = figures["us", "reference", "all", 0.5]  # 3 - 1 : 2, 1 : 2
-    assert (figures["ties"], figures["losses"], figures["win_rate"]) == (1, 1, 0.25)
+    assert counts(figures["us", "reference", "all", 0.5]) == (0, 1, 1)  # 3 - 1 : 1 + 1, 1 : 1 + 1
 
 
-def test_a_file_without_references_stands_beside_one_with(tmp_path):
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    rows = [row("us", prompt, reference="r") for prompt in "pq"]
-    ours, our_rewards = write(tmp_path / "a/generations.jsonl", rows, [[1.0, 3.0]], [[2.0, 2.0]])
-    rows = [row("them", "p"), row("them", "q")]
-    theirs, their_rewards = write(tmp_path / "b/generations.jsonl", rows, [[0.0, 0.0]])
-    files = ["--generations", theirs, ours, "--rewards", their_rewards, our_rewards]
-    figures, _ = run(tmp_path, *files, "--against", "reference", "them")
-    assert figures["us", "reference", "all", 0.5]["wins"] == 1
-    assert figures["us", "them", "all", 0.5]["wins"] == 2
+def test_an_oracle_is_checked_against_labels(tmp_path, drawn):
+    pairs = [("a b c", "a")] * 2 + [("a", "a b c")] * 3 + [("a b", "c d"), ("x", "y")]
+    rows = [{"prompt": f"p{k}", "chosen": chosen, "rejected": rejected, "tie": k == 6}
+            for k, (chosen, rejected) in enumerate(pairs)]
+    data = write(tmp_path, rows, chosen=[[5.0, 5, 5, 0, 1, 3, 0]], rejected=[[1.0] * 7])
+    figures, held = run(tmp_path, "--judge_check", data)
+    accuracies = {key[2]: (record["n"], record["win_rate"]) for key, record in figures.items()}
+    assert accuracies == {"all": (6, 4.5 / 6), "chosen longer": (2, 1.0), "chosen shorter": (3, 0.5),
+                          "as long": (1, 1.0)}
+    low, high = figures["chosen", "rejected", "all", "-"]["win_rate_interval"]
+    assert 0.3 <= low < 0.75 < high <= 1
+    assert held["notes"] == ["1 of 7 pairs are ties by their labels: left out"] and not drawn
 
 
-# intervals
+@pytest.mark.parametrize("taught, named", [
+    (["out/oracle"], True), (["./out/../out/oracle/"], True), (["out/other", "ABSOLUTE"], True),
+    (["out/else"], False), ([], False), (None, False)])
+def test_a_judge_that_taught_a_policy_is_named(tmp_path, monkeypatch, taught, named):
+    monkeypatch.chdir(tmp_path)
+    rows = [row(name, "p") for name in ("us", "them")]
+    notes = []
+    for folder in "out/drdo", "out/drdo/step100":  # --keep_steps: the args.json is one folder up
+        data = write(Path(folder), rows, ["out/oracle"], response=[[1.0, 0.0]])
+        oracles = taught and [name.replace("ABSOLUTE", str(tmp_path / "out/oracle")) for name in taught]
+        Path("out/drdo/args.json").write_text(json.dumps({"loss": "drdo", "oracles": oracles}))
+        _, held = run(tmp_path, "--generations", data)
+        notes.append(held["notes"])
+    expected = [f"the judge out/oracle taught {name}: it may favour its pupil" for name in ("us", "them")]
+    assert notes == [expected * named] * 2
 
-def test_interval_agrees_with_every_possible_draw():
+
+# ---- intervals
+
+def test_the_bootstrap_agrees_with_every_possible_draw_of_whole_prompts():
     prompts = np.array([2, 2, 2, 0, 1, 1, 3])  # with 3, 1, 2 and 1 pairs
     values = np.array([1, 0.5, 1, 0, 0.5, 1, 0.5])
     exact = []
-    for draw in itertools.product(sorted(set(prompts.tolist())), repeat=4):
-        drawn = np.concatenate([values[prompts == prompt] for prompt in draw])
-        exact.append(drawn.mean())
+    for draw in itertools.product(range(4), repeat=4):
+        exact.append(np.concatenate([values[prompts == prompt] for prompt in draw]).mean())
     expected = np.percentile(exact, [2.5, 97.5])
     for wrong in (-0.3, 0.3):  # the resampling's own error does not move them
         assert np.percentile(exact, [2.5 + wrong, 97.5 + wrong]) == pytest.approx(expected)
     assert evaluate.bootstrap(values[:, None], prompts, 20000, 0)[0] == pytest.approx(expected, abs=1e-9)
-
-
-def test_intervals_are_paired_and_seeded(tmp_path):
-    noise = np.random.default_rng(3).normal(size=50).tolist()
-    rows = [row(name, f"p{k}") for name in ("us", "them") for k in range(50)]
-    data, rewards = write(tmp_path / "g.jsonl", rows, [[x + 1 for x in noise] + noise])
-    figures, _ = run(tmp_path, "--generations", data, "--rewards", rewards, "--against", "them")
-    figures = figures["us", "them", "all", 0.5]
-    assert figures["reward_difference_interval"] == pytest.approx([1, 1], abs=1e-6)  # float32 rewards
-    assert figures["win_rate_interval"] == [1, 1]
-    assert figures["opponent_std"] == pytest.approx(np.std(noise), rel=1e-6)
-    values = np.column_stack([noise, noise])
+    noise = np.random.default_rng(3).normal(size=50)
+    values = np.column_stack([noise, noise, noise + 1])  # the same draws for all columns
     first, again, other = (evaluate.bootstrap(values, np.arange(50), 100, seed) for seed in (0, 0, 1))
-    assert (first == again).all() and (first[0] == first[1]).all() and (first != other).any()
+    assert (first == again).all() and (first != other).any()
+    assert (first[0] == first[1]).all() and first[2] == pytest.approx(first[0] + 1)
 
 
 def test_pooling_equal_temperatures_narrows_nothing(tmp_path):
-    rewards = np.random.default_rng(5).normal(size=40).repeat(4).tolist()
+    rewards = np.random.default_rng(5).normal(size=40)
     rows = [row(name, f"p{k}", temperature=temperature)
             for name in ("us", "them") for k in range(40) for temperature in (0.2, 0.5, 0.7, 0.9)]
-    data, rewards = write(tmp_path / "g.jsonl", rows, [rewards + [0.0] * 160])
-    figures, _ = run(tmp_path, "--generations", data, "--rewards", rewards, "--against", "them")
-    pooled, one = figures["us", "them", "all", "all"], figures["us", "them", "all", 0.2]
+    data = write(tmp_path, rows, response=[[*rewards.repeat(4), *np.zeros(160)]])
+    figures, _ = run(tmp_path, "--generations", data, "--against", "them")
+    pooled = figures["us", "them", "all", "all"]
+    one = figures["us", "them", "all", 0.2]
     assert (pooled["n"], one["n"]) == (160, 40)
+    assert one["standard_error"] == pytest.approx(np.std(rewards > 0, ddof=1) / 40 ** 0.5)
     for name in ("win_rate", "standard_error", "win_rate_interval", "reward_difference_interval",
                  "length_controlled_interval"):
         assert pooled[name] == pytest.approx(one[name])
 
 
-# pictures
+# ---- the win rate at equal length
 
-def test_pictures(tmp_path):
+def test_length_controlled_is_the_maximum_of_its_likelihood_with_clustered_errors():
+    rng = np.random.default_rng(0)
+    differences = rng.normal(5, 20, size=300)
+    chance = 1 / (1 + np.exp(-(-0.4 + 1.5 * np.tanh(differences / 20))))
+    outcomes = np.where(rng.random(300) < 0.1, 0.5, rng.random(300) < chance)
+    prompts = np.arange(300) // 3
+    x = torch.tanh(torch.tensor(differences / differences.std()))
+    x = torch.stack([torch.ones_like(x), x])
+    y = torch.tensor(outcomes)
+
+    def losses(weights):  # the objective as METRICS.md prints it
+        return torch.nn.functional.binary_cross_entropy_with_logits(weights @ x, y, reduction="none")
+
+    def objective(weights):
+        return losses(weights).sum() + weights[1] ** 2 / 2
+    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15)
+
+    def closure():
+        optimizer.zero_grad()
+        objective(weights).backward()
+        return objective(weights)
+    optimizer.step(closure)
+    rate, (low, high) = evaluate.length_controlled(outcomes, differences, prompts)
+    assert rate == pytest.approx(torch.sigmoid(weights[0]).item(), abs=1e-6)
+    assert abs(rate - outcomes.mean()) > 0.03  # the length matters here
+
+    best = weights.detach()
+    inverse = torch.autograd.functional.hessian(objective, best).inverse()
+    scores = torch.autograd.functional.jacobian(losses, best).reshape(100, 3, 2).sum(1)  # one per prompt
+    error = (inverse @ scores.T @ scores @ inverse)[0, 0].sqrt().item()
+    interval = [1 / (1 + np.exp(-best[0].item() - bound)) for bound in (-1.96 * error, 1.96 * error)]
+    assert [low, high] == pytest.approx(interval, abs=1e-6)
+
+
+@pytest.mark.parametrize("outcomes, differences, expected", [
+    (np.ones(8), np.zeros(8), 1), ([1, 0, 0.5, 0.5], np.zeros(4), 0.5), ([1, 0] * 50, [9, -9] * 50, 0.5),
+    (np.ones(8), np.arange(1, 9), pytest.approx(0.85, abs=0.15))])  # all won by longer responses
+def test_length_controlled_stays_finite(outcomes, differences, expected):
+    prompts = np.arange(len(outcomes))
+    rate, (low, high) = evaluate.length_controlled(np.array(outcomes), np.array(differences), prompts)
+    assert rate == pytest.approx(expected) and low <= rate <= high
+
+
+# ---- tables and pictures
+
+def test_the_tables_to_the_letter(tmp_path, capsys):
+    rows = [row("us", "p", "a b c", eos=False, reference="r"), row("base", "p", "a b")]
+    data = write(tmp_path, rows, response=[[2.0, 0.5]], reference=[[2.0, NAN]])
+    run(tmp_path, "--generations", data, "--against", "base", "reference")
+    text = (tmp_path / "out/evaluation.md").read_text()
+    assert text in capsys.readouterr().out
+    assert text.endswith("- judge: one; 1 prompts\n- base against reference: 1 of 1 responses are left out: "
+                         "no partner of the same prompt, temperature and group\n")
+    lines = [line for line in text.splitlines() if line.startswith(("|", "#"))]
+    assert len({len(line) for line in lines[1:5]}) == 1  # padded for a terminal
+    assert [re.sub("  +", " ", line) for line in lines if "---" not in line] == [
+        "## Policies", "| policy | T | n | reward | tokens | words | EOS |",
+        "| us | 0.5 | 1 | 2.000 | 9.0 | 3.0 | 0.00 |", "| base | 0.5 | 1 | 0.500 | 4.0 | 2.0 | 1.00 |",
+        "## Against base", "| policy | T | n | W/T/L | win rate | LC | reward diff. | words | EOS |",
+        "| us | 0.5 | 1 | 1/0/0 | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | +1.500 [+1.500, +1.500] | "
+        "3.0 / 2.0 | 0.00 / 1.00 |",
+        "## Against reference", "| policy | T | n | W/T/L | win rate | LC | reward diff. | words | EOS |",
+        "| us | 0.5 | 1 | 0/1/0 | 0.500 [0.500, 0.500] | 0.500 [0.500, 0.500] | +0.000 [+0.000, +0.000] | "
+        "3.0 / 1.0 | 0.00 / - |"]
+
+
+def test_pictures_draw_their_figure_with_its_interval(tmp_path, drawn):
     rows = [row(name, f"p{k}", temperature=temperature, set=k % 2)
             for name in ("us", "them", "base") for k in range(6) for temperature in (0.2, 0.9)]
     rewards = np.random.default_rng(4).normal(size=len(rows)).tolist()
-    data, rewards = write(tmp_path / "g.jsonl", rows, [rewards])
-    figures, held = run(tmp_path, "--generations", data, "--rewards", rewards, "--against", "base", "them",
-                        "--group_by", "set")
-    for name in ("win_rates", "advantages"):
-        assert matplotlib.image.imread(tmp_path / f"out/{name}.png").shape[0] > 500
-    assert not list((tmp_path / "out").glob("*.partial"))
-    judge = "judge: me; 6 prompts"
-    figure = evaluate.plot_by_temperature(held["comparisons"], "advantage", "label", 0, judge)
-    assert figure.get_supxlabel().endswith("judge: me; 6 prompts")
-    assert [axis.get_title() for axis in figure.axes] == [
-        f"against {opponent}\nset {k}" for k in (0, 1) for opponent in ("base", "them")]
-    axis = figure.axes[2]  # against base, set 1
-    drawn = {container.lines[0].get_ydata()[1] for container in axis.containers}
-    assert drawn == {figures[policy, "base", "set 1", 0.9]["advantage"] for policy in ("us", "them")}
+    data = write(tmp_path, rows, response=[rewards])
+    figures, _ = run(tmp_path, "--generations", data, "--against", "base", "them", "--group_by", "set")
+    for name, field, level in ("win_rates.png", "win_rate", 0.5), ("advantages.png", "advantage", 0):
+        axes = drawn[name].axes
+        assert [axis.get_title() for axis in axes] == [
+            f"against {opponent}\nset {k}" for k in (0, 1) for opponent in ("base", "them")]
+        assert drawn[name].get_supxlabel().endswith("judge: one; 6 prompts")
+        for axis, (k, opponent) in zip(axes, itertools.product((0, 1), ("base", "them"))):
+            policies = [policy for policy in ("us", "them", "base") if policy != opponent]
+            for policy, (points, _, (bars,)) in zip(policies, axis.containers):
+                records = [figures[policy, opponent, f"set {k}", temperature] for temperature in (0.2, 0.9)]
+                assert points.get_xdata() == pytest.approx([0.2, 0.9], abs=0.02)
+                assert points.get_ydata() == pytest.approx([record[field] for record in records])
+                drawn_bars = [segment[:, 1] for segment in bars.get_segments()]
+                assert np.ravel(drawn_bars) == pytest.approx(
+                    np.ravel([record[f"{field}_interval"] for record in records]))
+            assert axis.lines[-1].get_ydata() == [level, level]
+            assert len({container.lines[0].get_color() for container in axis.containers}) == 2
+    assert "win rate" in drawn["win_rates.png"].get_supylabel()
+    assert "advantage" in drawn["advantages.png"].get_supylabel()
+    legend = drawn["win_rates.png"].legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["us", "them", "base"]
 
 
-def log_lines(folder, *rows):
+def test_a_picture_is_a_whole_png(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.Figure, "savefig", SAVEFIG)
+    evaluate.main(["--curves", log(tmp_path / "run", {"step": 1, "loss": 2}), "--out", str(tmp_path / "out")])
+    assert matplotlib.image.imread(tmp_path / "out/curves.png").shape[0] > 500
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["curves.png"]
+
+
+def log(folder, *rows):
     folder.mkdir(exist_ok=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 
 
-def test_curves(tmp_path, capsys):
-    run = log_lines(tmp_path / "drdo",
-                    {"step": 5, "loss": 1.0, "loss/contrastive": 0.5, "logps/chosen": -9.0},
-                    {"step": 10, "loss": 0.75, "logps/chosen": -8.0, "grad_norm": None},
-                    {"step": 10, "eval_loss": 1.25, "eval_rewards/accuracies": 0.625})
-    evaluate.main(["--curves", run, "--out", str(tmp_path / "out")])
-    assert matplotlib.image.imread(tmp_path / "out/curves.png").ndim == 3
+def test_curves_have_a_panel_per_figure_and_the_held_out_line_beside(tmp_path, capsys):
+    run = log(tmp_path / "drdo", {"step": 10, "eval_loss": 1.25, "eval_rewards/accuracies": 0.625},
+              {"step": 10, "loss": 0.75, "logps/chosen": -8.0, "grad_norm": None},
+              {"step": 5, "loss": 1.0, "loss/contrastive": 0.5, "logps/chosen": -9.0})
     drawn = {axis.get_title(): [line.get_xydata().tolist() for line in axis.lines]
              for axis in evaluate.plot_curves([run]).axes}
     assert drawn == {"loss": [[[5, 1.0], [10, 0.75]], [[10, 1.25]]], "loss/contrastive": [[[5, 0.5]]],
                      "rewards/accuracies": [[[10, 0.625]]], "logps/chosen": [[[5, -9.0], [10, -8.0]]]}
-    log_lines(tmp_path / "drdo", {"step": 5, "grad_norm": 1.0})
+    log(tmp_path / "drdo", {"step": 5, "grad_norm": 1.0})
     with pytest.raises(SystemExit):
-        evaluate.main(["--curves", run, "--out", str(tmp_path / "none")])
+        evaluate.plot_curves([run])
     assert "drdo/log.jsonl: no line has `step`" in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
 
 
 def test_many_runs_can_be_told_apart(tmp_path):
-    runs = [log_lines(tmp_path / f"run{k}", {"step": 1, "loss": k}, {"step": 2, "eval_loss": k})
+    runs = [log(tmp_path / f"run{k}", {"step": 1, "loss": -1}, {"step": 2, "eval_loss": k})
             for k in range(12)]
-    axis, = (figure := evaluate.plot_curves(runs)).axes
-    held_out = [line for line in axis.lines if line.get_marker() not in ("", "None")]
+    figure = evaluate.plot_curves([run + "/" for run in runs])
+    lines = figure.axes[0].lines
+    held_out = [line for line in lines if line.get_marker() not in ("", "None")]
+    assert [line.get_ydata()[0] for line in held_out] == list(range(12))
+    assert {line.get_alpha() for line in lines if line not in held_out} == {0.4}
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in held_out}
-    assert len(held_out) == len(looks) == 12
-    assert len({line.get_color() for line in held_out}) == 10
+    assert [len(set(values)) for values in (looks, *zip(*looks))] == [12, 10, 4, 8]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == runs
 
 
-def test_sampled_rewards_are_a_panel(tmp_path, capsys):
-    run = log_lines(tmp_path / "drdo", {"step": 5, "loss": 1.0})
-    for step, response in (100, [[1.0, 2.0, NAN]]), (20, [[0.0, 1.0, 5.0], [2.0, 3.0, 5.0]]):
-        (tmp_path / f"drdo/step{step}").mkdir()
-        torch.save({"response": torch.tensor(response), "reference": torch.full((len(response), 3), 2.0)},
-                   tmp_path / f"drdo/step{step}/rewards.pt")
-    shutil.copytree(tmp_path / "drdo/step20", tmp_path / "drdo/step20_old")  # a user's: it is no step
+def test_rewards_of_kept_steps_are_a_panel(tmp_path, capsys):
+    run = log(tmp_path / "drdo", {"step": 5, "loss": 1.0})
+    for step, response in ("100", [[1.0, 2.0, NAN]]), ("20", [[0.0, 1.0, 5.0], [2.0, 3.0, 5.0]]), (
+            "20_old", [[9.0]]):  # a user's copy: it is no step
+        write(tmp_path / f"drdo/step{step}", [], response=response, reference=[[2.0] * 3])
     _, panel = evaluate.plot_curves([run]).axes
     assert panel.get_title() == "rewards/sampled"
     assert [line.get_xydata().tolist() for line in panel.lines] == [[[20, pytest.approx(4 / 6)], [100, -0.5]]]
-    torch.save({"response": torch.zeros(1, 3)}, tmp_path / "drdo/step20/rewards.pt")
+    write(tmp_path / "drdo/step20", [], response=[[0.0]])
     with pytest.raises(SystemExit):
         evaluate.plot_curves([run])
     assert "step20/rewards.pt: no rewards of references" in capsys.readouterr().err
 
 
-# the length-controlled win rate
-
-def test_length_controlled_is_the_maximum_of_its_likelihood():
-    rng = np.random.default_rng(0)
-    differences = rng.normal(5, 20, size=300)
-    chance = 1 / (1 + np.exp(-(-0.4 + 1.5 * np.tanh(differences / 20))))
-    outcomes = np.where(rng.random(300) < 0.1, 0.5, rng.random(300) < chance)
-    x = torch.tanh(torch.tensor(differences / differences.std()))
-    y, parameters = torch.tensor(outcomes), torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([parameters], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15)
-
-    def loss():  # another optimiser on the objective as METRICS.md prints it
-        optimizer.zero_grad()
-        logits = parameters[0] + parameters[1] * x
-        value = torch.nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="sum")
-        (value := value + parameters[1] ** 2 / 2).backward()
-        return value
-    optimizer.step(loss)
-    expected = torch.sigmoid(parameters[0]).item()
-    rate, (low, high) = evaluate.length_controlled(outcomes, differences, np.arange(300))
-    assert rate == pytest.approx(expected, abs=1e-6) and low < rate < high
-    assert abs(expected - outcomes.mean()) > 0.03  # the length matters here
-    mirror, (theirs_low, _) = evaluate.length_controlled(1 - outcomes, -differences, np.arange(300))
-    assert [mirror, theirs_low] == pytest.approx([1 - expected, 1 - high], abs=1e-6)
-
-
-def test_length_controlled_stays_finite():
-    def rate(outcomes, differences):
-        found, interval = evaluate.length_controlled(outcomes, differences, np.arange(len(outcomes)))
-        assert interval[0] <= found <= interval[1]
-        return found
-    longer = np.arange(1, 9.0)
-    assert rate(np.ones(8), longer) > 0.7  # all won by longer responses
-    assert rate(np.ones(8), np.zeros(8)) == pytest.approx(1)
-    assert rate(np.array([1, 0, 0.5, 0.5]), np.zeros(4)) == pytest.approx(0.5)
-    decided_by_length = np.array([1.0, 0.0] * 50), np.array([9.0, -9.0] * 50)
-    assert rate(*decided_by_length) == pytest.approx(0.5)
-
-
-def test_the_interval_at_equal_length_covers_the_truth():
-    """Of 60 prompts with 4 samples each. A prompt's rate at equal length is 0.1 or 0.9."""
-    rng, prompts = np.random.default_rng(5), np.arange(60).repeat(4)
-
-    def draw(a):  # b = 1.2, which the penalty hardly moves
-        differences = rng.normal(10, 20, size=len(a))
-        chance = 1 / (1 + np.exp(-a - 1.2 * np.tanh(differences / 20)))
-        return (rng.random(len(a)) < chance).astype(float), differences
-    logit = np.log(0.9 / 0.1)
-    many = draw(rng.choice([-logit, logit], size=100_000))
-    truth, _ = evaluate.length_controlled(*many, np.arange(100_000))
-    data = [draw(rng.choice([-logit, logit], size=60).repeat(4)) for _ in range(200)]
-    clustered, each = [np.mean([low <= truth <= high for _, (low, high) in (
-        evaluate.length_controlled(*pair, ids) for pair in data)]) for ids in (prompts, np.arange(240))]
-    assert 0.91 < clustered < 0.98 and each < 0.85  # a prompt's samples tell less than 4 prompts
-
-
-def test_length_controlled_stands_in_the_table(tmp_path):
-    rows = [row("us", f"p{k}", "w " * (10 if k < 30 else 2)) for k in range(40)]
-    rows += [row("them", f"p{k}", "w " * 5) for k in range(40)]
-    wins = [1.0] * 27 + [0.0] * 3 + [1.0] * 1 + [0.0] * 9  # 27 of 30 longer ones win, 1 of 10 shorter ones
-    data, rewards = write(tmp_path / "g.jsonl", rows, [wins + [0.5] * 40])
-    figures, _ = run(tmp_path, "--generations", data, "--rewards", rewards, "--against", "them")
-    figures = figures["us", "them", "all", 0.5]
-    assert figures["win_rate"] == 0.7 and 0.35 < figures["length_controlled"] < 0.6
-    low, high = figures["length_controlled_interval"]
-    assert low < figures["length_controlled"] < high
-    cell = f"{figures['length_controlled']:.3f} [{low:.3f}, {high:.3f}]"
-    assert cell in (tmp_path / "out/evaluation.md").read_text()
-
-
-# students, splits and Oracles
-
-def test_students_stand_in_one_table_and_one_picture(tmp_path):
-    """Table 2 and Figure 3: groups are folders, and out/sft meets all of them."""
-    files, rewards = [], []
-    for group, gain in ("out/opt-125m", 1.0), ("out/opt-350m", -1.0):
-        for policy in ("drdo", "sft"):
-            (folder := tmp_path / group / policy).mkdir(parents=True)
-            rows = [row(f"{group}/{policy}", f"p{k}", temperature=t, reference="r")
-                    for k in range(3) for t in (0.2, 0.9)]
-            won = gain if policy == "drdo" else 0.0
-            held = write(folder / "g.jsonl", rows, [[won] * 6], reference=[[0.5] * 6])
-            files, rewards = [*files, held[0]], [*rewards, held[1]]
-    (tmp_path / "out/sft").mkdir()
-    held = write(tmp_path / "out/sft/g.jsonl", [row("out/sft", f"p{k}", temperature=0.9) for k in range(3)],
-                 [[2.0] * 3])
-    figures, held = run(tmp_path, "--generations", *files, held[0], "--rewards", *rewards, held[1],
-                        "--against", "sft", "out/sft", "reference", "--group_by", "folder")
-    assert figures["drdo", "sft", "folder out/opt-125m", 0.2]["wins"] == 3
-    assert figures["drdo", "sft", "folder out/opt-350m", 0.2]["losses"] == 3
-    assert figures["drdo", "reference", "folder out/opt-125m", 0.9]["reward_difference"] == 0.5
-    assert figures["drdo", "out/sft", "folder out/opt-350m", 0.9]["reward_difference"] == -3.0
-    assert ("sft", "out/sft", "folder out", 0.9) not in figures
-    table = (tmp_path / "out/evaluation.md").read_text().split("## Against ")
-    lines = re.findall(r"^\| *drdo \| (.*?) \| *(.*?) \|", table[1], re.MULTILINE)
-    assert table[1].startswith("sft") and lines == [
-        (f"folder out/opt-{size}", t) for size in ("125m", "350m") for t in ("0.2", "0.9", "all")]
-    figure = evaluate.plot_by_temperature(
-        [r for r in held["comparisons"] if r["opponent"] == "sft"], "win_rate", "label", 0.5, "judge")
-    assert [axis.get_title() for axis in figure.axes] == [
-        f"against sft\nfolder out/opt-{size}" for size in ("125m", "350m")]
-    drawn = [axis.containers[0].lines[0].get_ydata().tolist() for axis in figure.axes]
-    assert drawn == [[1.0, 1.0], [0.0, 0.0]]
-
-
-@pytest.mark.parametrize("taught", [
-    ["out/oracle"], ["./out/../out/oracle/"], ["out/other", "ABSOLUTE"], ["out/else"], [], None])
-def test_a_judge_that_taught_a_policy_is_named(tmp_path, monkeypatch, taught):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "out/drdo").mkdir(parents=True)
-    rows = [row(name, "p") for name in ("us", "them")]
-    write(tmp_path / "out/drdo/rewards.jsonl", rows, [[1.0, 0.0]], oracles=["out/oracle"])
-    oracles = [str(tmp_path / "out/oracle") if name == "ABSOLUTE" else name for name in taught or []]
-    (tmp_path / "out/drdo/args.json").write_text(json.dumps({"loss": "drdo", "oracles": taught and oracles}))
-    _, held = run(tmp_path, "--generations", "out/drdo/rewards.jsonl")
-    notes = [note for note in held["notes"] if "may favour its pupil" in note]
-    assert len(notes) == 2 * (taught not in ([], None, ["out/else"]))
-    (tmp_path / "out/drdo/step100").mkdir()  # --keep_steps: the args.json is one folder up
-    write(tmp_path / "out/drdo/step100/rewards.jsonl", rows, [[1.0, 0.0]], oracles=["out/oracle"])
-    _, kept = run(tmp_path, "--generations", "out/drdo/step100/rewards.jsonl")
-    assert [note for note in kept["notes"] if "may favour its pupil" in note] == notes
-    assert all(note in (tmp_path / "out/evaluation.md").read_text() for note in notes)
-
-
-# labelled pairs
-
-def test_an_oracle_is_checked_against_labels(tmp_path):
-    pairs = [("a b c", "a")] * 2 + [("a", "a b c")] * 3 + [("a b", "c d"), ("x", "y")]
-    rows = [{"prompt": f"p{k}", "chosen": chosen, "rejected": rejected, "tie": k == 6}
-            for k, (chosen, rejected) in enumerate(pairs)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    digest = hashlib.sha256((tmp_path / "pairs.jsonl").read_bytes()).hexdigest()
-    torch.save({"chosen": torch.tensor([[5.0, 5, 5, 0, 1, 3, 0]]), "rejected": torch.ones(1, 7),
-                "oracles": ["one"], "data_sha256": digest}, tmp_path / "r.pt")
-    figures, held = run(tmp_path, "--judge_check", tmp_path / "pairs.jsonl", "--rewards", tmp_path / "r.pt")
-    figures = {group: figures["chosen", "rejected", group, "-"] for _, _, group, _ in figures}
-    assert {group: (r["n"], r["win_rate"]) for group, r in figures.items()} == {
-        "all": (6, 4.5 / 6), "chosen longer": (2, 1.0), "chosen shorter": (3, 0.5), "as long": (1, 1.0)}
-    low, high = figures["all"]["win_rate_interval"]
-    assert 0.3 <= low < 0.75 < high <= 1
-    assert held["notes"] == ["1 of 7 pairs are ties by their labels: left out"]
-    assert not list((tmp_path / "out").glob("*.png"))
-
-
-# AlpacaEval
+# ---- AlpacaEval
 
 def alpaca_eval_package():
     """The package. Its last release asks setuptools' pkg_resources, which is no more, for versions."""
@@ -455,16 +433,52 @@ def alpaca_eval_package():
     return pytest.importorskip("alpaca_eval")
 
 
+def annotations(*preferences):
+    return [{"instruction": "the same", "output_1": "a b", "generator_1": "davinci",
+             "output_2": "c " * (k + 1), "generator_2": "out/drdo", "preference": preference}
+            for k, preference in enumerate(preferences)]
+
+
+def test_outputs_for_alpaca_eval(tmp_path, capsys):
+    several = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
+    rows = [row("out/drdo", several[1:], " w w", reference="r", dataset="koala"),
+            row("out/drdo", several, "é"), row("us", "plain")]
+    evaluate.main(["--generations", str(write(tmp_path, rows)), "--alpaca_eval", "--out", str(tmp_path),
+                   "--against", "reference"])
+    outputs = json.loads((tmp_path / "out_drdo_outputs.json").read_text(encoding="utf-8"))
+    assert outputs == [
+        {"instruction": "Why?", "output": "w w", "generator": "out/drdo", "dataset": "koala"},
+        {"instruction": "system: Be kind.\n\nuser: Why?", "output": "é", "generator": "out/drdo",
+         "dataset": "alpaca_eval"}]
+    assert len(json.loads((tmp_path / "us_outputs.json").read_text())) == 1
+    data = write(tmp_path, [row("us", "p", temperature=temperature) for temperature in (0.2, 0.9)])
+    assert "one --temperature" in refused(capsys, tmp_path, "--generations", data, "--alpaca_eval")
+
+
+def test_annotations_are_counted_pair_by_pair(tmp_path):
+    preferences = [1, 2, 1.98, 1.02, 1.5, 0, None, 1.4, 2]  # 0 is a draw, None none
+    (tmp_path / "a.json").write_text(json.dumps(annotations(*preferences), indent=2))
+    figures, held = run(tmp_path, "--annotations", tmp_path / "a.json")
+    ours = figures["out/drdo", "davinci", "all", "-"]
+    known = np.array([0, 1, 0.98, 0.02, 0.5, 0.5, 0.4, 1])
+    assert ours["n"] == 8 and counts(ours) == (3, 2, 3)
+    assert ours["win_rate"] == pytest.approx(known.mean())
+    assert ours["standard_error"] == pytest.approx(known.std(ddof=1) / 8 ** 0.5)
+    assert ours["words"] == [pytest.approx((45 - 7) / 8), 2.0]  # of 1 to 9 words without the seventh
+    assert counts(figures["davinci", "out/drdo", "all", "-"]) == (3, 2, 3)
+    assert "out/drdo against davinci: 1 pairs are left out: no verdict" in held["notes"]
+    preferences.remove(None)
+    expected = alpaca_eval_package().metrics.get_winrate(annotations(*preferences))
+    assert 100 * ours["win_rate"] == pytest.approx(expected["win_rate"])
+    assert 100 * ours["standard_error"] == pytest.approx(expected["standard_error"])
+    assert (ours["wins"], ours["losses"]) == (expected["n_wins"], expected["n_wins_base"])
+
+
 def test_alpaca_eval_reads_our_outputs_and_we_its_annotations(tmp_path):
     package = alpaca_eval_package()
     instructions = [f"Question {k}?\n\nOf \"two\" – lines." for k in range(6)]
-    data, _ = write(tmp_path / "g.jsonl", [
-        row("out/drdo", [{"role": "user", "content": text}], " w" * (k + 1), dataset="koala")
-        for k, text in enumerate(instructions)])
-    evaluate.main(["--generations", data, "--alpaca_eval", "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "out_drdo_outputs.json").read_text(encoding="utf-8"))
-    assert rows[1] == {"instruction": instructions[1], "output": "w w", "generator": "out/drdo",
-                       "dataset": "koala"}
+    rows = [row("out/drdo", text, " w" * (k + 1), dataset="koala") for k, text in enumerate(instructions)]
+    evaluate.main(["--generations", str(write(tmp_path, rows)), "--alpaca_eval", "--out", str(tmp_path)])
     theirs = [{"instruction": text, "output": "v " * 3, "generator": "davinci", "dataset": "koala"}
               for text in reversed(instructions)]
     (tmp_path / "theirs.json").write_text(json.dumps(theirs))
@@ -477,96 +491,84 @@ def test_alpaca_eval_reads_our_outputs_and_we_its_annotations(tmp_path):
         annotators_config=str(tmp_path / "configs.yaml"), fn_metric="get_winrate",
         reference_outputs=str(tmp_path / "theirs.json"), sort_by="win_rate",
         output_path=str(tmp_path), is_return_instead_of_print=True, caching_path=None)
-    figures, held = run(tmp_path, "--annotations", next(tmp_path.rglob("annotations.json")))
-    ours, expected = figures["out/drdo", "davinci", "all", "-"], board.loc["out/drdo"]
+    figures, _ = run(tmp_path, "--annotations", next(tmp_path.rglob("annotations.json")))
+    ours = figures["out/drdo", "davinci", "all", "-"]
     assert ours["n"] == 6 and 0 < ours["win_rate"] < 1
-    assert 100 * ours["win_rate"] == pytest.approx(expected["win_rate"])
-    assert 100 * ours["standard_error"] == pytest.approx(expected["standard_error"])
+    assert 100 * ours["win_rate"] == pytest.approx(board.loc["out/drdo"]["win_rate"])
+    assert 100 * ours["standard_error"] == pytest.approx(board.loc["out/drdo"]["standard_error"])
 
 
-def annotations(*preferences):
-    return [{"instruction": "the same", "output_1": "a b", "generator_1": "davinci",
-             "output_2": "c " * (k + 1), "generator_2": "out/drdo", "preference": preference}
-            for k, preference in enumerate(preferences)]
+# ---- what is refused
+
+@pytest.mark.parametrize("flags", ["--alpaca_eval --curves x", "--annotations x --judge m",
+                                   "--annotations x --group_by y", "--annotations x --rewards z"])
+def test_flags_that_would_be_ignored_are_refused(tmp_path, capsys, flags):
+    assert f"error: {flags.split()[0]}: " in refused(capsys, tmp_path, *flags.split())
 
 
-def test_annotations_as_the_package_counts_them(tmp_path, capsys):
-    preferences = [1, 2, 1.98, 1.02, 1.5, 0, None, 1.4, 2]  # 0 is a draw, None none
-    (tmp_path / "a.json").write_text(json.dumps(annotations(*preferences), indent=2))
-    figures, held = run(tmp_path, "--annotations", tmp_path / "a.json")
-    ours, known = figures["out/drdo", "davinci", "all", "-"], np.array([0, 1, 0.98, 0.02, 0.5, 0.5, 0.4, 1])
-    assert (ours["n"], ours["wins"], ours["ties"], ours["losses"]) == (8, 3, 2, 3)
-    assert ours["win_rate"] == pytest.approx(known.mean())
-    assert ours["standard_error"] == pytest.approx(known.std(ddof=1) / 8 ** 0.5)
-    assert "out/drdo against davinci: 1 pairs are left out: no verdict" in held["notes"]
-    package = alpaca_eval_package()
-    expected = package.metrics.get_winrate(annotations(*(p for p in preferences if p is not None)))
-    assert 100 * ours["win_rate"] == pytest.approx(expected["win_rate"])
-    assert 100 * ours["standard_error"] == pytest.approx(expected["standard_error"])
-    assert (ours["wins"], ours["losses"]) == (expected["n_wins"], expected["n_wins_base"])
+NULL = [json.dumps([annotations(1)[0] | {key: None}]) for key in ("output_2", "generator_2")]
 
 
-def test_bad_annotations_and_outputs(tmp_path, capsys):
-    null = [json.dumps([annotations(1)[0] | {key: None}]) for key in ("output_2", "generator_2")]
-    for text in ("[{", "[]", '[{"preference": 1}]', '{"a": 1}', json.dumps(annotations("much")), *null):
-        (tmp_path / "a.json").write_text(text)
-        assert "a.json: cannot use it" in refused(capsys, tmp_path, "--annotations", tmp_path / "a.json")
-    data, _ = write(tmp_path / "g.jsonl", [row("us", "p", temperature=t) for t in (0.2, 0.9)])
-    assert "one --temperature" in refused(capsys, tmp_path, "--generations", data, "--alpaca_eval")
-    data, _ = write(tmp_path / "r.jsonl", [row("us", "p", reference="r")])
-    evaluate.main(["--generations", data, "--alpaca_eval", "--against", "reference", "--out", str(tmp_path)])
-    assert len(json.loads((tmp_path / "us_outputs.json").read_text())) == 1
+@pytest.mark.parametrize("text", ["[{", "[]", '[{"preference": 1}]', '{"a": 1}', "7", "[7]",
+                                  json.dumps(annotations("much")), *NULL])
+def test_broken_annotations_are_refused(tmp_path, capsys, text):
+    (tmp_path / "a.json").write_text(text)
+    assert f"{tmp_path}/a.json: " in refused(capsys, tmp_path, "--annotations", tmp_path / "a.json")
 
 
-# tests/PAPER.md
-
-def test_the_loss_picture_of_the_paper(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    text = open(os.path.join(ROOT, "tests/PAPER.md"), encoding="utf-8").read()
-    exec(re.search(r"### The preference loss by gamma.*?```python\n(.*?)```", text, re.DOTALL)[1], {})
-    lines = pyplot.gca().lines
-    assert [line.get_label() for line in lines] == ["gamma 0", "gamma 1", "gamma 2", "gamma 5"]
-    for line, gamma in zip(lines, (0, 1, 2, 5)):
-        ratio, loss = line.get_xydata().astype(float).T
-        assert ratio[-1] == pytest.approx(np.log(2)) and len(ratio) == 200
-        assert loss == pytest.approx(-(1 / (1 + np.exp(ratio))) ** gamma * ratio, abs=1e-5)
-    pyplot.close()
-    assert (tmp_path / "preference_loss.png").exists()
+@pytest.mark.parametrize("line, expected", [
+    ("{", "line 2: "), ("[]", "line 2: it holds no object"), ('"text"', "line 2: it holds no object"),
+    ("\xff", "utf-8"), ('{"prompt": "p"}', "line 2: no 'response'"), ("", "line 2: "),
+    (json.dumps(row("us", "p") | {"response": 7}), "line 2: `response` holds no text"),
+    (json.dumps(row("us", [{"role": "user"}])), "line 2: `prompt` holds no text (KeyError"),
+    (json.dumps(row("us", "\ud800")), "line 2: `prompt` holds no text (UnicodeEncodeError"),
+    (json.dumps(row("us", "p", temperature="hot")), "line 2: no `temperature` number"),
+    (json.dumps(row("us", "p", temperature=NAN)), "line 2: no `temperature` number"),
+    (json.dumps(row("us", "p", temperature=-np.inf)), "line 2: no `temperature` number")])
+def test_a_broken_line_is_refused_by_its_number(tmp_path, capsys, line, expected):
+    lines = [json.dumps(row("us", "p")), line, json.dumps(row("us", "q"))]
+    (tmp_path / "g.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    message = refused(capsys, tmp_path, "--generations", tmp_path / "g.jsonl")
+    assert f"{tmp_path}/g.jsonl, " in message and expected in message
 
 
-# bad input
+def test_a_bom_carriage_returns_and_a_missing_last_newline_are_read(tmp_path):
+    lines = [json.dumps(row("us", "p", "é"), ensure_ascii=False), json.dumps(row("them", "p"))]
+    (tmp_path / "g.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    (tmp_path / "length.py").write_text("def length(row):\n    return len(row['response'])\n")
+    figures, _ = run(tmp_path, "--generations", tmp_path / "g.jsonl", "--reward_fn",
+                     f"{tmp_path}/length.py:length")
+    assert figures["us", "them", "all", 0.5]["reward_difference"] == 1 - 3
 
-def test_bad_rewards(tmp_path, capsys):
-    rows = [row(name, f"p{k}") for name in ("us", "them") for k in range(2)]
-    data, rewards = write(tmp_path / "g.jsonl", rows, [[1.0, 2.0, 3.0, 4.0]])
+
+def test_wrong_rewards_are_refused(tmp_path, capsys):
+    data = write(tmp_path, [row(name, f"p{k}") for name in ("us", "them") for k in range(2)],
+                 response=[[1.0, 2.0, 3.0, 4.0]])
+    rewards = tmp_path / "rewards.pt"
     good = torch.load(rewards)
 
-    def message(flags=(), **change):
-        torch.save({k: v for k, v in {**good, **change}.items() if v is not None}, rewards)
-        return refused(capsys, tmp_path, "--generations", data, "--rewards", rewards, *flags)
-
+    def message(*flags, **change):
+        held = good | change
+        torch.save({key: value for key, value in held.items() if value is not None}, rewards)
+        return refused(capsys, tmp_path, "--generations", data, *flags)
     wrong = message(data_sha256="0" * 64)
-    assert all(word in wrong for word in (rewards, good["data_sha256"], "precompute_rewards.py"))
+    assert all(word in wrong for word in (str(rewards), good["data_sha256"], "precompute_rewards.py"))
     for response in (torch.zeros(1, 3), torch.zeros(4), [1.0] * 4, None):
         assert "no `response` rewards of 4 rows" in message(response=response)
     assert "--max_length" in message(response=torch.full((1, 4), NAN))
-    expected = "--against nobody: no such `generator`; there are us, them, `reference`"
-    assert expected in message(["--against", "nobody"])
-    assert "no two responses" in message(["--against", "reference"])
-    other, other_rewards = write(tmp_path / "h.jsonl", [row("base", "p1")], [[1.0]], oracles=("other",))
-    torch.save(good, rewards)
-    flags = ["--generations", data, other, "--rewards", rewards]
-    for few in (flags, flags[:3]):  # one file named, or one rewards.pt for both files of a folder
-        assert "2 files need one each" in refused(capsys, tmp_path, *few)
-    assert "['other']" in refused(capsys, tmp_path, *flags, other_rewards)
-    swapped = refused(capsys, tmp_path, "--generations", other, data, "--rewards", rewards, other_rewards)
-    assert "keep the files in order, or run" in swapped and "an --out of its own" in swapped
-    (tmp_path / "nan.py").write_text("def nan(row):\n    return float('nan')\n")
-    silent = refused(capsys, tmp_path, "--generations", data, "--reward_fn", f"{tmp_path}/nan.py:nan")
-    assert "nan.py:nan gave NaN" in silent and "--max_length" not in silent
-    with_reference, _ = write(tmp_path / "r.jsonl", [row("us", "p", reference="x")], [[1.0]])
-    assert "no `reference` rewards" in refused(capsys, tmp_path, "--generations", with_reference, "--rewards",
-                                               tmp_path / "r.pt", "--against", "reference")
+    assert "no such `generator`; there are us, them, `reference`" in message("--against", "nobody")
+    assert "no two responses" in message("--against", "reference")
+
+
+def test_rewards_are_those_of_each_file_in_order_by_the_same_oracles(tmp_path, capsys):
+    files = [write(tmp_path / name, [row(name, "p", reference="r")], [oracle], response=[[value]])
+             for name, oracle, value in (("a", "one", 1.0), ("b", "one", 3.0), ("c", "two", 5.0))]
+    rewards = [file.parent / "rewards.pt" for file in files]
+    flags = ["--generations", *files[:2], "--rewards"]
+    assert "keep the files in order, or run" in refused(capsys, tmp_path, *flags, rewards[1], rewards[0])
+    assert "2 files need one each" in refused(capsys, tmp_path, *flags, rewards[0], rewards[0])
+    assert "no `reference` rewards" in refused(capsys, tmp_path, *flags[:3], "--against", "reference")
+    assert "scored by ['two']" in refused(capsys, tmp_path, "--generations", files[0], files[2])
+    assert "named twice" in refused(capsys, tmp_path, "--generations", files[0], files[0])
+    assert "cannot read it" in refused(capsys, tmp_path, *flags, rewards[0], tmp_path / "none.pt")
+    assert run(tmp_path, *flags, *rewards[:2])[0]["b", "a", "all", 0.5]["reward_difference"] == 2.0
