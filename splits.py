@@ -9,9 +9,10 @@ In:  .jsonl, .json, .csv (all also as .gz) and .parquet files, hub ids, and fold
      SCHEMAS lists the columns they may have. `id:split` reads one split of a hub id or folder; otherwise
      hub_rows picks. A split called val..., dev... or test... is a validation split.
 Out: a JSON row a line. `prompt` is text or a list of {"role", "content"} messages, and `chosen` is text. A
-     pair also has `rejected`, `edit_distance` (0-1) and, where its set has one, `confidence`. Other keys stay
-     if the row came in this form. A response to plain text starts with one space (none if the prompt ends in
-     white space), so prompt + response is the text. A response to messages starts with none.
+     pair also has `rejected`, `edit_distance` (0-1) and, where its set has one, `confidence`: its own, or the
+     gap of its two ratings. `system` and `history` become messages of the prompt; other keys travel along.
+     prompt + response is the text: a response to plain text gets a space before it, unless white space
+     stands there. With messages nothing is added or taken.
 
 hc_he has the pairs above both medians of all/train, of confidence and edit distance; lc_le those below both.
 - Train and validation share no prompt. A prompt is held out if a hash of --seed and its text falls below
@@ -52,8 +53,9 @@ def main():
     sft = {"train": [], "validation": []}
     schemas = set()
     for name in args.dataset:
-        schema, rows = read_set(name, args, store)
-        schemas |= {schema} & PAIRS
+        schema, ratings, rows = read_set(name, args, store)
+        if schema in PAIRS:
+            schemas.add(schema + ratings)
         for side in rows:
             (pairs if schema in PAIRS else sft)[side] += rows[side]
     if len(schemas) > 1:
@@ -101,7 +103,7 @@ def main():
 
     # prompt sets: a random choice, no two rows of one prompt
     for label, name in args.prompts.items():
-        _, rows = read_set(name, args, store, label)
+        rows = read_set(name, args, store, label)[-1]
         unique = {}
         for row in rows["train"] + rows["validation"]:
             unique.setdefault(row.prompt, row)
@@ -111,8 +113,8 @@ def main():
 
 
 def read_set(name, args, store, label=None):
-    """(schema, {"train": rows, "validation": rows}) of a set; prints what was read and dropped. With a label
-    its rows are those of a prompt set."""
+    """(schema, the ratings it has, {"train": rows, "validation": rows}) of a set; prints what was read and
+    dropped. With a label its rows are those of a prompt set."""
     schema = None
     rows = {"train": [], "validation": []}
     dropped = Counter()
@@ -129,11 +131,14 @@ def read_set(name, args, store, label=None):
             if schema == "unlabelled pairs" and label:
                 schema = "prompts"
             columns, convert = SCHEMAS[schema]
+            ratings = next((f" with {better}" for better, _ in RATINGS if better in raw), "")
         try:
-            row = convert({column: raw[column] for column in columns.split()} | raw)  # KeyError if one lacks
+            raw = {column: raw[column] for column in columns.split()} | raw  # KeyError if one lacks
+            context = {key: raw.pop(key) for key in CONTEXT if key in raw}
+            row = convert(raw)
             if isinstance(row, dict):
-                row = clean(row, args.edit_distance)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+                row = clean(row, context, args.edit_distance)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}; give it {columns.replace(' ', ', ')}"
             fail(f"{name}, row {number}: not a row of the set's {schema} ({reason})")
         if isinstance(row, str):
@@ -149,50 +154,106 @@ def read_set(name, args, store, label=None):
     counts = " and ".join(f"{len(rows[side]):,} {side}" for side in rows if rows[side])
     if not counts:
         fail(f"{name}: " + (f"no row of it can be used: {reasons}" if dropped else "it holds no rows"))
-    print(f"{name} ({schema}): {counts} rows; dropped: {reasons}")
+    print(f"{name} ({schema}{ratings}): {counts} rows; dropped: {reasons}")
     if schema == "unlabelled pairs":
         print(f"{name}: these pairs carry no labels; let precompute_rewards.py --relabel order them")
-    return schema, rows
+    return schema, ratings, rows
 
 
-def clean(row, edit_distance):
+def clean(row, context, edit_distance):
     """The row as the models read it, with a pair's `edit_distance`; or (a str) why it is dropped."""
     row = dict(row)
     prompt = row["prompt"]
-    if isinstance(prompt, str) and isinstance(row.get("chosen"), list):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list):
-        prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
-        if not all(message["role"] in ROLES and isinstance(message["content"], str) for message in prompt):
-            raise TypeError(f"a message's content is no text, or its role is none of {', '.join(ROLES)}")
-    last = prompt[-1]["content"] if isinstance(prompt, list) and prompt else prompt
+    chat = any(context.values()) or any(isinstance(row.get(key), list) for key in ("prompt", *ANSWERS))
+    if chat:
+        prompt = find_conversation(row, context)
+        if isinstance(prompt, str):
+            return prompt
+    last = prompt[-1]["content"] if chat and prompt else prompt
     if not last or not last.strip():
         return "with an empty prompt"
     row["prompt"] = prompt
-    space = " " if isinstance(prompt, str) and not prompt[-1].isspace() else ""
-    for key in "chosen", "rejected", "reference":
+    for key in ANSWERS:
         text = row.get(key) or ""
-        if isinstance(text, list):
-            if len(text) > len(prompt) + 1:
-                return f"with turns in `{key}` that the prompt lacks"
-            text = text[-1]["content"]
-        text = text.strip()
-        if text:
-            row[key] = space + text
-        elif key == "reference":
+        if not text.strip():
+            if key != "reference" and key in row:
+                return f"with an empty `{key}`"
             row.pop(key, None)
-        elif key in row:
-            return f"with an empty `{key}`"
+        elif not chat:
+            space = "" if prompt[-1].isspace() or text[0].isspace() else " "
+            row[key] = space + text.rstrip()
+    if "rejected" in row:
+        if row["chosen"].rstrip() == row["rejected"].rstrip():
+            return "with identical responses"
+        for better, worse in RATINGS:
+            if "confidence" not in row and row.get(better) is not None and row.get(worse) is not None:
+                row["confidence"] = row[better] - row[worse]
     confidence = row.pop("confidence", None)
     if confidence is not None and confidence == confidence:  # nan is how some tables write None
         if not isinstance(confidence, (int, float)) or not abs(confidence) < 2**53:
             raise TypeError("`confidence` is not a finite number")
         row["confidence"] = confidence
     if "rejected" in row:
-        if row["chosen"] == row["rejected"]:
-            return "with identical responses"
         row["edit_distance"] = token_edit_distance(row, edit_distance)
     return row
+
+
+def find_conversation(row, context):
+    """The messages before the answer, or (a str) why the row is dropped. Of answers that are message lists
+    the last message stays in the row."""
+    prompt = row["prompt"] or []
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = as_messages(prompt)
+    talks = []
+    for key in ANSWERS:
+        turns = []
+        if isinstance(row.get(key), list):
+            *turns, last = as_messages(row[key]) or [{"role": None}]
+            if last["role"] != "assistant":
+                return "without an assistant's last turn"
+            row[key] = last["content"]
+        talk = join(prompt, turns)
+        if talk is None or (key == "rejected" and key in row and talk != talks[0]):
+            return f"with turns in `{key if talk is None else 'chosen'}` that the prompt lacks"
+        talks.append(talk)
+    history = context.pop("history", None)
+    start = [{"role": "system", "content": text} for text in context.values() if text]
+    for turn in history or []:
+        if isinstance(turn, dict):
+            start.append(turn)
+        else:  # (question, answer)
+            roles = "user", "assistant"
+            start += [{"role": role, "content": text} for role, text in zip(roles, turn, strict=True)]
+    start = as_messages(start)
+    if talks[0][:len(start)] == start:
+        return talks[0]
+    if not talks[0]:
+        return "with an empty prompt"
+    if talks[0][0]["role"] == "system":
+        raise TypeError("`system` or `history` beside a system message of the prompt")
+    return start + talks[0]
+
+
+def join(prompt, turns):
+    """The conversation of a prompt and the turns before an answer; None where they do not fit."""
+    ask = [(turn["role"], turn["content"].strip()) for turn in prompt]
+    given = [(turn["role"], turn["content"].strip()) for turn in turns]
+    if not turns:
+        return prompt
+    if ask in (given[:len(ask)], given[-len(ask):]):  # the turns are the whole conversation
+        return turns
+    if turns[0]["role"] in ("system", "developer", prompt[-1]["role"]):
+        return None
+    return prompt + turns
+
+
+def as_messages(turns):
+    """The messages with role and content alone."""
+    for turn in turns:
+        if turn["role"] not in ROLES or not isinstance(turn["content"], str) or turn.get("tool_calls"):
+            raise TypeError(f"a message's content is no text, or its role is none of {', '.join(ROLES)}")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def token_edit_distance(row, of):
@@ -210,8 +271,10 @@ def token_edit_distance(row, of):
 def add(store, row, seed):
     """Writes a row to the store, as a line of JSON. Returns its Row."""
     start = store.seek(0, os.SEEK_END)
-    line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
-    store.write(line.encode("utf-8", "replace"))  # a lone surrogate has no UTF-8, it becomes "?"
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    if "NaN" in line or "Infinity" in line:  # strict JSON has neither
+        line = json.dumps(json.loads(line, parse_constant=lambda name: None), ensure_ascii=False)
+    store.write((line + "\n").encode("utf-8", "replace"))  # a lone surrogate has no UTF-8, it becomes "?"
     prompt = row["prompt"]
     if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
         prompt = prompt[0]["content"]  # a lone user's message is the same prompt as its text
@@ -272,17 +335,11 @@ def openai_row(raw):
         prompt = ARTICLE.format(info["article"].strip())
     else:
         return "without post and article"
-    texts = [summary["text"] for summary in raw["summaries"]]
+    texts = [summary["text"].strip() for summary in raw["summaries"]]
     row = {"prompt": prompt, "chosen": texts[raw["choice"]], "rejected": texts[1 - raw["choice"]],
            "confidence": (raw.get("extra") or {}).get("confidence"),
            "id": info.get("id"), "batch": raw.get("batch")}
     return {key: value for key, value in row.items() if value is not None}
-
-
-def rated_row(raw, better, worse):
-    """A pair with the gap of its two ratings as the confidence; None where a rating is missing."""
-    gap = None if better is None or worse is None else better - worse
-    return {key: raw[key] for key in ("prompt", "chosen", "rejected")} | {"confidence": gap}
 
 
 def conversation_row(raw):
@@ -301,8 +358,7 @@ def conversation_row(raw):
         return "without an assistant's last turn"
     if chosen[:-1] != rejected[:-1]:
         return "with two different prompts"
-    row = {"prompt": chosen[:-1], "chosen": chosen, "rejected": rejected}
-    return rated_row(row, raw.get("score_chosen"), raw.get("score_rejected"))
+    return {"prompt": chosen[:-1]} | raw | {"chosen": chosen, "rejected": rejected}
 
 
 def unlabelled_row(raw):
@@ -323,7 +379,7 @@ def label_row(raw):
     post = re.fullmatch(r"SUBREDDIT: r/(.*?)\n+TITLE:(.*?)\n+POST:(.*)\n+TL;DR:\s*", raw["prompt"], re.DOTALL)
     if post:
         raw["prompt"] = TLDR.format(*map(str.strip, post.groups()))
-    return answer_row(raw, "label")
+    return answer_row(raw | {"label": raw["label"].strip()}, "label")
 
 
 def messages_row(raw):
@@ -343,11 +399,14 @@ def instruction_row(raw):
     return {"prompt": [{"role": "user", "content": text}], "chosen": raw["output"]}
 
 
+ANSWERS = "chosen", "rejected", "reference"
+CONTEXT = "system", "system_prompt", "history"  # columns that belong to the prompt
+# The better and the worse response's rating, as published sets (trl-lib, H4, argilla) name them
+RATINGS = [("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"),
+           ("chosen-rating", "rejected-rating"), ("chosen_score", "rejected_score")]
 # Kind of set: its columns, and its function, which owns the raw row and may change it.
 SCHEMAS = {
     "OpenAI's comparisons": ("info summaries choice", openai_row),
-    "argilla's UltraFeedback": ("prompt chosen rejected chosen-rating rejected-rating",
-                                lambda raw: rated_row(raw, raw["chosen-rating"], raw["rejected-rating"])),
     "pairs": ("prompt chosen rejected", dict),
     "conversations": ("chosen rejected", conversation_row),
     "SFT rows": ("prompt chosen", dict),
@@ -360,7 +419,7 @@ SCHEMAS = {
     "unlabelled pairs": ("prompt responses", unlabelled_row),
     "prompts": ("prompt", dict),
 }
-PAIRS = {"OpenAI's comparisons", "argilla's UltraFeedback", "pairs", "conversations", "unlabelled pairs"}
+PAIRS = {"OpenAI's comparisons", "pairs", "conversations", "unlabelled pairs"}
 
 # ---- from here on nothing is about the method --------------------------------------------------------------
 

@@ -272,10 +272,8 @@ YES, NO = [user("Ask?"), assistant("Yes, b.")], [user("Ask?"), assistant("No b."
     (comparison(1, post=None, article="Some news.\n", id=None),
      {"prompt": "Article: Some news.\n\nTL;DR:", "chosen": " Good.", "rejected": " Bad 1.", "confidence": 5,
       "edit_distance": 1.0, "batch": "batch3"}),
-    ({"prompt": "Ask?", "chosen": YES, "chosen-rating": 4.5, "rejected": NO, "rejected-rating": 3.0},
-     {"prompt": YES[:1], "chosen": "Yes, b.", "rejected": "No b."} | RATED),
-    ({"chosen": YES, "rejected": NO, "score_chosen": 4.5, "score_rejected": 3.0},
-     {"prompt": YES[:1], "chosen": "Yes, b.", "rejected": "No b."} | RATED),
+    ({"chosen": YES, "rejected": NO, "who": 1},
+     {"prompt": YES[:1], "chosen": "Yes, b.", "rejected": "No b.", "who": 1, "edit_distance": 0.5}),
     ({"chosen": HUMAN + " Yes,\n\nplease. ", "rejected": HUMAN + " No."},
      {"prompt": TALK, "chosen": "Yes,\n\nplease.", "rejected": "No.", "edit_distance": 1.0}),
     ({"prompt": "Ask?", "chosen": "Yes, b.", "rejected": "No b.", "confidence": 1.5, "mine": {"a": [1]}},
@@ -309,7 +307,9 @@ GOOD = {"prompt": "Ask?", "chosen": "Yes.", "rejected": "No."}
     (GOOD, {"chosen": " \n"}, "with an empty `chosen`"),
     (GOOD, {"rejected": None}, "with an empty `rejected`"),
     (GOOD, {"rejected": " Yes."}, "with identical responses"),
-    (GOOD, {"chosen": [*YES, *YES]}, "with turns in `chosen` that the prompt lacks"),
+    (GOOD, {"chosen": [*YES, *YES]}, "with turns in `chosen` that the prompt lacks"),  # `rejected` is a text
+    (GOOD, {"rejected": [user("Else?"), *NO[1:]]}, "with turns in `rejected` that the prompt lacks"),
+    (GOOD, {"rejected": YES[:1]}, "without an assistant's last turn"),
     (comparison(1), {"info": {"post": None}}, "without post and article"),
     ({"chosen": YES, "rejected": NO}, {"rejected": [user("Other?"), NO[1]]}, "with two different prompts"),
     ({"chosen": YES, "rejected": NO}, {"rejected": YES[:1]}, "without an assistant's last turn"),
@@ -317,6 +317,7 @@ GOOD = {"prompt": "Ask?", "chosen": "Yes.", "rejected": "No."}
     ({"messages": YES}, {"messages": YES[:1]}, "without an assistant's last turn"),
     ({"messages": YES}, {"messages": []}, "without an assistant's last turn"),
     ({"messages": YES}, {"messages": YES[1:]}, "with an empty prompt"),
+    ({"messages": YES}, {"messages": YES[1:], "system": "Be brief."}, "with an empty prompt"),
 ])
 def test_a_row_that_teaches_nothing_is_dropped_and_counted(tmp_path, good, change, why):
     raw = [good, good | change, good | change, good]
@@ -324,13 +325,91 @@ def test_a_row_that_teaches_nothing_is_dropped_and_counted(tmp_path, good, chang
     assert f": 2 train rows; dropped: 2 {why}" in stdout
 
 
-@pytest.mark.parametrize("prompt, space", [("Text:", " "), ("Text: ", ""), ("Text\n", ""), (TALK, "")])
-def test_a_response_to_text_starts_with_a_space_and_one_to_messages_with_none(tmp_path, prompt, space):
-    raw = {"prompt": prompt, "chosen": " yes", "rejected": "no", "reference": "r"}
+@pytest.mark.parametrize("shape", [{"prompt": "Ask?", "chosen": YES, "rejected": NO},
+                                   {"chosen": YES, "rejected": NO}])
+@pytest.mark.parametrize("ratings", ["score_chosen score_rejected", "chosen_rating rejected_rating",
+                                     "chosen-rating rejected-rating", "chosen_score rejected_score"])
+def test_the_confidence_is_the_gap_of_two_ratings_in_every_published_shape(tmp_path, shape, ratings):
+    better, worse = ratings.split()
+    raw = [shape | {better: 4.5, worse: 3.0}, shape | {better: None, worse: 3.0},
+           shape | {better: 4.5, worse: 3.0, "confidence": 7}]
+    run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw), *WHOLE)
+    rows = read(tmp_path / "data/all/train.jsonl")
+    rows.sort(key=lambda row: row["confidence"])
+    expected = {"prompt": YES[:1], "chosen": "Yes, b.", "rejected": "No b.", better: 4.5, worse: 3.0} | RATED
+    assert rows == [expected, expected | {"confidence": 7}]
+
+
+CALL, RESULT = assistant("CALL search"), {"role": "tool", "content": "20 C"}
+BRIEF = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("prompt, before, expected", [
+    ("Tea?", [], [user("Tea?")]),
+    ("Tea?", [user("Tea? ")], [user("Tea? ")]),  # the whole conversation
+    ("Hello\n\nthere?", TALK, TALK),  # the prompt is its first turn
+    ("Tea?", TALK, TALK),  # ... or its last
+    ([BRIEF, user("Tea?")], [CALL, RESULT], [BRIEF, user("Tea?"), CALL, RESULT]),  # they go on from the prompt
+    ([BRIEF], [user("Tea?")], [BRIEF, user("Tea?")]),
+    ("Tea?", [BRIEF], None),
+    ("Tea?", [user("Tea or coffee?")], None),
+    ([BRIEF, user("Tea?")], [BRIEF, user("Coffee?")], None),
+])
+def test_turns_that_both_answers_share_are_the_prompt_and_others_drop_the_row(tmp_path, prompt, before,
+                                                                              expected):
+    raw = {"prompt": prompt, "chosen": [*before, assistant("Yes.")], "rejected": [*before, assistant("No.")]}
+    sft = {"prompt": prompt, "completion": raw["chosen"]}
+    write(tmp_path / "raw.jsonl", [raw, GOOD | {"prompt": "Other?"}])
+    write(tmp_path / "sft.jsonl", [sft, {"prompt": "Other?", "completion": "Yes."}])
+    stdout = run(tmp_path, "--dataset", "raw.jsonl", "sft.jsonl", *WHOLE)
+    for kind in "all", "sft":
+        rows = [row for row in read(tmp_path / f"data/{kind}/train.jsonl") if row["prompt"] != "Other?"]
+        assert [(row["prompt"], row["chosen"]) for row in rows] == ([(expected, "Yes.")] if expected else [])
+    assert expected or stdout.count("dropped: 1 with turns in `chosen` that the prompt lacks") == 2
+
+
+@pytest.mark.parametrize("columns, start", [
+    ({"system": "Be brief."}, [BRIEF]),
+    ({"system_prompt": "Be brief.", "history": []}, [BRIEF]),
+    ({"system": "Be brief.", "history": [["Hi", "Hello"], ["A", "B"]]},
+     [BRIEF, user("Hi"), assistant("Hello"), user("A"), assistant("B")]),
+    ({"system": "", "history": [user("Hi"), assistant("Hello")]}, [user("Hi"), assistant("Hello")]),
+])
+@pytest.mark.parametrize("raw", [
+    {"prompt": "Ask?", "chosen": "Yes.", "rejected": "No."}, {"instruction": "Ask?", "output": "Yes."},
+    {"prompt": "Ask?", "chosen": YES, "rejected": NO}, {"chosen": YES, "rejected": NO},
+    {"prompt": [user("Ask?")], "response": "Yes."}])
+def test_system_and_history_become_messages_of_the_prompt(tmp_path, raw, columns, start):
+    run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", [raw | columns]), *WHOLE)
+    row, = read(next((tmp_path / "data").rglob("train.jsonl")))
+    assert row["prompt"] == [*start, user("Ask?")] and row["chosen"].startswith("Yes")
+    assert not set(row) & {"system", "system_prompt", "history"}
+
+
+@pytest.mark.parametrize("prompt, response, written", [
+    ("Text:", "yes \n", " yes"), ("Text:", " yes", " yes"), ("Text: ", "yes", "yes"), ("Text\n", "yes", "yes"),
+    ("def f(a):\n", "    return a\n", "    return a"), ("def f(a):", "\n    return a", "\n    return a"),
+    ([user("Write it.")], "    return a\n", "    return a\n"), ([user("Write it.")], "yes", "yes"),
+])
+def test_a_space_stands_before_a_response_to_text_and_blanks_of_the_answer_stay(tmp_path, prompt, response,
+                                                                               written):
+    raw = {"prompt": prompt, "chosen": response, "rejected": "no", "reference": response}
     run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", [raw]), *WHOLE)
-    row = read(tmp_path / "data/all/train.jsonl")[0]
-    assert row["chosen"] == space + "yes" and row["rejected"] == space + "no"
-    assert row["reference"] == space + "r"
+    row, = read(tmp_path / "data/all/train.jsonl")
+    assert row["chosen"] == row["reference"] == written
+    raw["rejected"] = response.strip()  # another indentation is another answer
+    kept = response.startswith("  ") or response.startswith("\n")
+    run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", [raw]), *WHOLE, status=0 if kept else 2)
+
+
+def test_other_keys_travel_along_as_strict_json(tmp_path):
+    mine = {"score_chosen": float("nan"), "meta": {"a": [1.5, float("-inf")], "b": "NaN é"}, "tags": None}
+    for ending in "jsonl", "parquet":
+        run(tmp_path, "--dataset", write(tmp_path / f"raw.{ending}", [GOOD | mine]), *WHOLE)
+        text = (tmp_path / "data/all/train.jsonl").read_text()
+        row = json.loads(text, parse_constant=pytest.fail)
+        assert {key: row[key] for key in mine} == {
+            "score_chosen": None, "meta": {"a": [1.5, None], "b": "NaN é"}, "tags": None}
 
 
 def test_prompt_sets_hold_no_prompt_twice_and_the_sets_answer_as_reference(tmp_path):
@@ -500,6 +579,12 @@ def pair(**changes):
     (pair(prompt=[{"role": "user", "content": 3}]), "--dataset x.jsonl", f"{ROW}|content"),
     (pair(rejected=3), "--dataset x.jsonl", f"{ROW}|pairs|rejected"),
     (pair(rejected=[{"role": "assistant"}]), "--dataset x.jsonl", f"{ROW}|'content'"),
+    (pair(rejected=[{"role": "assistant", "content": "", "tool_calls": ["f"]}]), "--dataset x.jsonl", ROW),
+    (pair(system=7), "--dataset x.jsonl", f"{ROW}|content"),
+    (pair(history=[["Hi"]]), "--dataset x.jsonl", ROW),
+    (pair(score_chosen="high", score_rejected="low"), "--dataset x.jsonl", ROW),
+    (pair(system="Be brief.", prompt=[{"role": "system", "content": "Be long."}, YES[0]]), "--dataset x.jsonl",
+     f"{ROW}|beside a system message"),
     (pair(rejected=" "), "--dataset x.jsonl", "x.jsonl|no row|empty `rejected`"),
     (pair(confidence="high"), "--dataset x.jsonl", f"{ROW}|confidence"),
     (pair(confidence=float("inf")), "--dataset x.jsonl", f"{ROW}|confidence"),
