@@ -118,24 +118,19 @@ def read_set(name, args, store, label=None):
     schema = None
     rows = {"train": [], "validation": []}
     dropped = Counter()
+    notes = Counter()
+    seen = set()
     for side, number, raw in tqdm(raw_rows(name, label), desc=name, unit=" rows", delay=1, disable=None):
+        kind = find_schema(f"{name}, row {number}", raw, label)
         if schema is None:
-            schema = next((kind for kind in SCHEMAS if set(SCHEMAS[kind][0].split()) <= set(raw)), None)
-            if schema is None:
-                known = "; ".join(f"{kind}: {columns}" for kind, (columns, _) in SCHEMAS.items())
-                fail(f"{name}: no known schema has its columns ({' '.join(raw)}); rename them to one of: "
-                     f"{known}")
-            if schema == "prompts" and not label:
-                fail(f"{name}: no column `chosen` ({' '.join(raw)}); rename one, or give prompts to "
-                     "--prompts")
-            if schema == "unlabelled pairs" and label:
-                schema = "prompts"
-            columns, convert = SCHEMAS[schema]
+            schema = kind
             ratings = next((f" with {better}" for better, _ in RATINGS if better in raw), "")
+        if kind != schema:
+            fail(f"{name}, row {number}: {kind}, after rows of {schema}; give each kind a file of its own")
+        columns, convert = SCHEMAS[schema]
         try:
-            raw = {column: raw[column] for column in columns.split()} | raw  # KeyError if one lacks
             context = {key: raw.pop(key) for key in CONTEXT if key in raw}
-            row = convert(raw)
+            row = convert(dict(raw))
             if isinstance(row, dict):
                 row = clean(row, context, args.edit_distance)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -149,15 +144,37 @@ def read_set(name, args, store, label=None):
             row = {"prompt": row["prompt"], "reference": answer, "dataset": raw.get("dataset") or label,
                    "id": row.get("id")}
             row = {key: value for key, value in row.items() if value is not None}
+        else:
+            prompt, chosen, rejected = str(row["prompt"]), row["chosen"], row.get("rejected")
+            notes["exact duplicates"] += hash((prompt, chosen, rejected)) in seen
+            notes["contradict an earlier pair"] += hash((prompt, rejected, chosen)) in seen
+            seen.add(hash((prompt, chosen, rejected)))
+            notes["with `system` or `history`, now messages"] += any(context.values())
         rows[side].append(add(store, row, args.seed))
     reasons = ", ".join(f"{count:,} {why}" for why, count in dropped.items()) or "none"
     counts = " and ".join(f"{len(rows[side]):,} {side}" for side in rows if rows[side])
     if not counts:
         fail(f"{name}: " + (f"no row of it can be used: {reasons}" if dropped else "it holds no rows"))
     print(f"{name} ({schema}{ratings}): {counts} rows; dropped: {reasons}")
+    found = ", ".join(f"{count:,} {note}" for note, count in notes.items() if count)
+    if found:
+        print(f"{name}: of these {found}")
     if schema == "unlabelled pairs":
         print(f"{name}: these pairs carry no labels; let precompute_rewards.py --relabel order them")
     return schema, ratings, rows
+
+
+def find_schema(place, raw, label):
+    """The first kind of set whose columns a row has."""
+    for schema, (columns, _) in SCHEMAS.items():
+        if all(column in raw for column in columns.split()):
+            break
+    else:
+        known = "; ".join(f"{kind}: {columns}" for kind, (columns, _) in SCHEMAS.items())
+        fail(f"{place}: no known schema has its columns ({' '.join(raw)}); rename them to one of: {known}")
+    if schema == "prompts" and not label:
+        fail(f"{place}: no column `chosen` ({' '.join(raw)}); rename one, or give prompts to --prompts")
+    return "prompts" if schema == "unlabelled pairs" and label else schema
 
 
 def clean(row, context, edit_distance):
@@ -217,9 +234,9 @@ def find_conversation(row, context):
         if talk is None or (key == "rejected" and key in row and talk != talks[0]):
             return f"with turns in `{key if talk is None else 'chosen'}` that the prompt lacks"
         talks.append(talk)
-    history = context.pop("history", None)
-    start = [{"role": "system", "content": text} for text in context.values() if text]
-    for turn in history or []:
+    system = context.get("system") or context.get("system_prompt")
+    start = [{"role": "system", "content": system}] if system else []
+    for turn in context.get("history") or []:
         if isinstance(turn, dict):
             start.append(turn)
         else:  # (question, answer)

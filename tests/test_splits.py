@@ -325,6 +325,18 @@ def test_a_row_that_teaches_nothing_is_dropped_and_counted(tmp_path, good, chang
     assert f": 2 train rows; dropped: 2 {why}" in stdout
 
 
+def test_duplicates_and_pairs_that_contradict_an_earlier_one_are_counted_and_stay(tmp_path):
+    swapped = {"prompt": "Ask?", "chosen": " No.", "rejected": "Yes."}
+    raw = [GOOD, GOOD | {"mine": 1}, GOOD | {"prompt": "Else?"}, swapped, GOOD | {"chosen": "Yes!"}]
+    stdout = run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw), *WHOLE)
+    assert "5 train rows; dropped: none\n" in stdout
+    assert "raw.jsonl: of these 1 exact duplicates, 1 contradict an earlier pair\n" in stdout
+    assert len(read(tmp_path / "data/all/train.jsonl")) == 5
+    assert "of these" not in run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw[2:]), *WHOLE)
+    write(tmp_path / "sft.jsonl", 3 * [{"prompt": "Ask?", "chosen": "Yes."}])
+    assert "of these 2 exact duplicates\n" in run(tmp_path, "--dataset", "sft.jsonl", *WHOLE)
+
+
 @pytest.mark.parametrize("shape", [{"prompt": "Ask?", "chosen": YES, "rejected": NO},
                                    {"chosen": YES, "rejected": NO}])
 @pytest.mark.parametrize("ratings", ["score_chosen score_rejected", "chosen_rating rejected_rating",
@@ -380,7 +392,8 @@ def test_turns_that_both_answers_share_are_the_prompt_and_others_drop_the_row(tm
     {"prompt": "Ask?", "chosen": YES, "rejected": NO}, {"chosen": YES, "rejected": NO},
     {"prompt": [user("Ask?")], "response": "Yes."}])
 def test_system_and_history_become_messages_of_the_prompt(tmp_path, raw, columns, start):
-    run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", [raw | columns]), *WHOLE)
+    stdout = run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", [raw | columns]), *WHOLE)
+    assert "of these 1 with `system` or `history`, now messages\n" in stdout
     row, = read(next((tmp_path / "data").rglob("train.jsonl")))
     assert row["prompt"] == [*start, user("Ask?")] and row["chosen"].startswith("Yes")
     assert not set(row) & {"system", "system_prompt", "history"}
@@ -571,7 +584,9 @@ def pair(**changes):
     ('{"question": "a", "answer": "b"}', "--dataset x.jsonl", "question answer|info summaries|highlights"),
     ('{"prompt": "a", "answer": "b"}', "--dataset x.jsonl", "prompt answer|`chosen`|--prompts"),
     ('{"question": "a", "chosen": "b", "rejected": "c"}', "--dataset x.jsonl", "name its column `prompt`"),
-    (PAIR + '\n\n{"prompt": "a", "chosen": "b"}\n', "--dataset x.jsonl", "x.jsonl, row 3|'rejected'"),
+    (PAIR + '\n\n{"prompt": "a", "chosen": "b"}\n', "--dataset x.jsonl", "x.jsonl, row 3: SFT rows|of pairs"),
+    ('{"prompt": "a", "chosen": "b"}\n' + PAIR, "--dataset x.jsonl", "x.jsonl, row 2: pairs|of SFT rows"),
+    (PAIR + '\n{"mine": 1}', "--dataset x.jsonl", "x.jsonl, row 2: no known schema"),
     # types
     (pair(prompt=7), "--dataset x.jsonl", f"{ROW}|pairs|prompt"),
     (pair(prompt=[7]), "--dataset x.jsonl", f"{ROW}|pairs|prompt"),
