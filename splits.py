@@ -21,6 +21,7 @@ hc_he has the pairs above both medians of all/train, of confidence and edit dist
 - A validation split that a set brings is all/validation. Its prompts leave every train set. hc_he and lc_le
   still hold out prompts of the train rows. These leave all/train and sft/train too.
 - A set with confidences loses its rows without one. A set without confidences becomes `all` alone.
+- Ties are dropped, since their order is arbitrary: pairs with a true `tie` or two equal ratings.
 tests/PAPER.md has the reasons, and the other places where the paper leaves a choice.
 """
 import argparse
@@ -132,7 +133,7 @@ def read_set(name, args, store, label=None):
             context = {key: raw.pop(key) for key in CONTEXT if key in raw}
             row = convert(dict(raw))
             if isinstance(row, dict):
-                row = clean(row, context, args.edit_distance)
+                row = clean(row, context, args.edit_distance, args.keep_ties or label)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}; give it {columns.replace(' ', ', ')}"
             fail(f"{name}, row {number}: not a row of the set's {schema} ({reason})")
@@ -177,7 +178,7 @@ def find_schema(place, raw, label):
     return "prompts" if schema == "unlabelled pairs" and label else schema
 
 
-def clean(row, context, edit_distance):
+def clean(row, context, edit_distance, keep_ties):
     """The row as the models read it, with a pair's `edit_distance`; or (a str) why it is dropped."""
     row = dict(row)
     prompt = row["prompt"]
@@ -202,9 +203,13 @@ def clean(row, context, edit_distance):
     if "rejected" in row:
         if row["chosen"].rstrip() == row["rejected"].rstrip():
             return "with identical responses"
+        tied = row.get("tie") in (True, "true")
         for better, worse in RATINGS:
-            if "confidence" not in row and row.get(better) is not None and row.get(worse) is not None:
-                row["confidence"] = row[better] - row[worse]
+            if row.get(better) is not None and row.get(worse) is not None:
+                row.setdefault("confidence", row[better] - row[worse])
+                tied = tied or row[better] == row[worse]
+        if tied and not keep_ties:
+            return "tied (--keep_ties keeps them)"
     confidence = row.pop("confidence", None)
     if confidence is not None and confidence == confidence:  # nan is how some tables write None
         if not isinstance(confidence, (int, float)) or not abs(confidence) < 2**53:
@@ -572,6 +577,8 @@ def parse_args():
     add("--validation_fraction", type=float, default=0.1, help="share of the prompts held out (%(default)s)")
     add("--num_prompts", type=int, default=1000, help="random prompts of a prompt set, 0: all (%(default)s)")
     add("--seed", type=int, default=0, help="picks held-out and random prompts, and the order (%(default)s)")
+    add("--keep_ties", action="store_true",
+        help="keep pairs with a true `tie` or two equal ratings, whose order is arbitrary")
     add("--edit_distance", default="responses", choices=["responses", "texts"],
         help="of the responses, or of post + response, which gives Table 5's means (%(default)s)")
     args = parser.parse_args()

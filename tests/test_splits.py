@@ -352,6 +352,20 @@ def test_the_confidence_is_the_gap_of_two_ratings_in_every_published_shape(tmp_p
     assert rows == [expected, expected | {"confidence": 7}]
 
 
+@pytest.mark.parametrize("tie, clear", [({"tie": True}, {"tie": False}), ({"tie": 1}, {"tie": None}),
+                                        ({"score_chosen": 3, "score_rejected": 3.0, "confidence": 2},
+                                         {"score_chosen": 4, "score_rejected": 3, "confidence": 0})])
+def test_ties_are_dropped_unless_they_are_kept_and_stay_in_prompt_sets(tmp_path, tie, clear):
+    raw = [GOOD | {"prompt": f"{i}"} | (tie if i % 3 else clear) for i in range(9)]
+    write(tmp_path / "raw.jsonl", raw)
+    stdout = run(tmp_path, "--dataset", "raw.jsonl", "--prompts", "raw.jsonl", *WHOLE)
+    assert "3 train rows; dropped: 6 tied (--keep_ties keeps them)\n" in stdout
+    assert prompts_of(tmp_path / "data/all/train.jsonl") == {"0", "3", "6"}
+    assert len(read(tmp_path / "data/prompts/raw.jsonl")) == 9
+    run(tmp_path, "--dataset", "raw.jsonl", *WHOLE, "--keep_ties")
+    assert len(read(tmp_path / "data/all/train.jsonl")) == 9
+
+
 CALL, RESULT = assistant("CALL search"), {"role": "tool", "content": "20 C"}
 BRIEF = {"role": "system", "content": "Be brief."}
 
