@@ -15,9 +15,10 @@ Out: a JSON row a line. `prompt` is text or a list of {"role", "content"} messag
      stands there. With messages nothing is added or taken.
 
 hc_he has the pairs above both medians of all/train, of confidence and edit distance; lc_le those below both.
-- Train and validation share no prompt. A prompt is held out if a hash of --seed and its text falls below
-  --validation_fraction. So it is on the same side in every set, and in every call with these two flags. (If
-  no prompt of a tiny set falls below, one is held out, in this call alone.)
+- Train and validation share no prompt, and no user's first message of a conversation. A prompt is held out
+  if a hash of --seed and its text (of a conversation that message) falls below --validation_fraction. So it
+  is on the same side in every set, and in every call with these two flags. (If no prompt of a tiny set falls
+  below, one is held out, in this call alone.)
 - A validation split that a set brings is all/validation. Its prompts leave every train set. hc_he and lc_le
   still hold out prompts of the train rows. These leave all/train and sft/train too.
 - A set with confidences loses its rows without one. A set without confidences becomes `all` alone.
@@ -151,7 +152,7 @@ def read_set(name, args, store, label=None):
             notes["contradict an earlier pair"] += hash((prompt, rejected, chosen)) in seen
             seen.add(hash((prompt, chosen, rejected)))
             notes["with `system` or `history`, now messages"] += any(context.values())
-        rows[side].append(add(store, row, args.seed))
+        rows[side].append(add(store, row, args.seed, whole=label is not None))
     reasons = ", ".join(f"{count:,} {why}" for why, count in dropped.items()) or "none"
     counts = " and ".join(f"{len(rows[side]):,} {side}" for side in rows if rows[side])
     if not counts:
@@ -290,17 +291,18 @@ def token_edit_distance(row, of):
     return round(Levenshtein.normalized_distance(chosen[:50_000], rejected[:50_000]), 4)  # more takes minutes
 
 
-def add(store, row, seed):
-    """Writes a row to the store, as a line of JSON. Returns its Row."""
+def add(store, row, seed, whole):
+    """Writes a row to the store, as a line of JSON. Returns its Row, by its whole prompt or by the first turn."""
     start = store.seek(0, os.SEEK_END)
     line = json.dumps(row, ensure_ascii=False, default=str)
     if "NaN" in line or "Infinity" in line:  # strict JSON has neither
         line = json.dumps(json.loads(line, parse_constant=lambda name: None), ensure_ascii=False)
     store.write((line + "\n").encode("utf-8", "replace"))  # a lone surrogate has no UTF-8, it becomes "?"
     prompt = row["prompt"]
-    if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
-        prompt = prompt[0]["content"]  # a lone user's message is the same prompt as its text
-    text = f"{seed} {prompt if isinstance(prompt, str) else json.dumps(prompt)}"
+    if isinstance(prompt, list):  # the rows of a conversation are on one side; a lone message is as its text
+        first = next((turn["content"] for turn in prompt if turn["role"] == "user"), prompt[0]["content"])
+        prompt = json.dumps(prompt) if whole else first
+    text = f"{seed} {prompt}"
     digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
     return Row(int.from_bytes(digest[:8], "big"), row.get("confidence"), row.get("edit_distance"), start)
 

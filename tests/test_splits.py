@@ -117,6 +117,9 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+CALL, RESULT = assistant("CALL search"), {"role": "tool", "content": "20 C"}
+BRIEF = {"role": "system", "content": "Be brief."}
+
 # ---- the method
 
 
@@ -219,6 +222,27 @@ def test_a_validation_split_is_all_validation_and_its_prompts_leave_every_train_
     assert sft == prompts["all/train"]
     # the medians are those of all/train, whatever the validation split holds
     assert "medians of all/train: confidence 5, edit distance 0.5556\n" in stdout
+
+
+def test_all_rows_of_a_conversation_are_on_one_side(tmp_path):
+    """A row for each of its three answers, as HH has them; its first turn alone is a text prompt too."""
+    raw = []
+    for i in range(60):
+        turns = [BRIEF] * (i % 2) + [user(f"Talk {i}"), assistant("A"), user(f"More {i}"), assistant("B"),
+                                     user("End?")]
+        raw += [{"prompt": turns[:i % 2 + size], "chosen": "Yes.", "rejected": "No."} for size in (1, 3, 5)]
+    write(tmp_path / "raw.jsonl", raw)
+    write(tmp_path / "sft.jsonl", [{"prompt": f"Talk {i}", "chosen": "Yes."} for i in range(60)])
+    run(tmp_path, "--dataset", "raw.jsonl", "sft.jsonl", "--prompts", "raw.jsonl", "--validation_fraction", 0.3)
+    sides = []
+    for side in "train", "validation":
+        rows = [str(row["prompt"]) for row in read(tmp_path / f"data/all/{side}.jsonl")]
+        talks = [i for i in range(60) if any(f"'Talk {i}'" in row for row in rows)]
+        assert len(rows) == 3 * len(talks) and len(talks) > 9
+        assert prompts_of(tmp_path / f"data/sft/{side}.jsonl") == {f"Talk {i}" for i in talks}
+        sides += talks
+    assert sorted(sides) == list(range(60))
+    assert len(read(tmp_path / "data/prompts/raw.jsonl")) == 180  # a prompt set has all of them
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -365,9 +389,6 @@ def test_ties_are_dropped_unless_they_are_kept_and_stay_in_prompt_sets(tmp_path,
     run(tmp_path, "--dataset", "raw.jsonl", *WHOLE, "--keep_ties")
     assert len(read(tmp_path / "data/all/train.jsonl")) == 9
 
-
-CALL, RESULT = assistant("CALL search"), {"role": "tool", "content": "20 C"}
-BRIEF = {"role": "system", "content": "Be brief."}
 
 
 @pytest.mark.parametrize("prompt, before, expected", [
