@@ -142,9 +142,8 @@ def read_set(name, args, store, label=None):
             dropped[row] += 1
             continue
         if label:
-            answer = row.get("reference", row.get("chosen"))
-            row = {"prompt": row["prompt"], "reference": answer, "dataset": raw.get("dataset") or label,
-                   "id": row.get("id")}
+            row = {"prompt": row["prompt"], "reference": row.get("reference", row.get("chosen")),
+                   "dataset": raw.get("dataset") or label, "id": row.get("id")}
             row = {key: value for key, value in row.items() if value is not None}
         else:
             prompt, chosen, rejected = str(row["prompt"]), row["chosen"], row.get("rejected")
@@ -222,12 +221,10 @@ def clean(row, context, edit_distance, keep_ties):
 
 
 def find_conversation(row, context):
-    """The messages before the answer, or (a str) why the row is dropped. Of answers that are message lists
+    """The messages before the answer, or (a str) why the row is dropped. Of an answer that is a message list
     the last message stays in the row."""
     prompt = row["prompt"] or []
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    prompt = as_messages(prompt)
+    prompt = as_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
     talks = []
     for key in ANSWERS:
         turns = []
@@ -240,35 +237,33 @@ def find_conversation(row, context):
         if talk is None or (key == "rejected" and key in row and talk != talks[0]):
             return f"with turns in `{key if talk is None else 'chosen'}` that the prompt lacks"
         talks.append(talk)
+    talk = talks[0]
     system = context.get("system") or context.get("system_prompt")
     start = [{"role": "system", "content": system}] if system else []
     for turn in context.get("history") or []:
         if isinstance(turn, dict):
             start.append(turn)
-        else:  # (question, answer)
-            roles = "user", "assistant"
-            start += [{"role": role, "content": text} for role, text in zip(roles, turn, strict=True)]
+        else:
+            question, answer = turn
+            start += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     start = as_messages(start)
-    if talks[0][:len(start)] == start:
-        return talks[0]
-    if not talks[0]:
-        return "with an empty prompt"
-    if talks[0][0]["role"] == "system":
+    if not talk or talk[:len(start)] == start:
+        return talk
+    if talk[0]["role"] == "system":
         raise TypeError("`system` or `history` beside a system message of the prompt")
-    return start + talks[0]
+    return start + talk
 
 
 def join(prompt, turns):
     """The conversation of a prompt and the turns before an answer; None where they do not fit."""
-    ask = [(turn["role"], turn["content"].strip()) for turn in prompt]
-    given = [(turn["role"], turn["content"].strip()) for turn in turns]
+    asked = [turn["content"].strip() for turn in prompt]
+    given = [turn["content"].strip() for turn in turns]
     if not turns:
         return prompt
-    if ask in (given[:len(ask)], given[-len(ask):]):  # the turns are the whole conversation
+    if asked in (given[:len(asked)], given[-len(asked):]):  # the turns are the whole conversation
         return turns
-    if turns[0]["role"] in ("system", "developer", prompt[-1]["role"]):
-        return None
-    return prompt + turns
+    goes_on = turns[0]["role"] not in ("system", "developer", prompt[-1]["role"])
+    return prompt + turns if goes_on else None
 
 
 def as_messages(turns):
@@ -292,18 +287,18 @@ def token_edit_distance(row, of):
 
 
 def add(store, row, seed, whole):
-    """Writes a row to the store, as a line of JSON. Returns its Row, by its whole prompt or by the first turn."""
+    """Writes a row to the store, as a line of JSON. Returns its Row. A conversation goes by its first user's
+    message, so that all its rows are on one side; with `whole` by all of it."""
     start = store.seek(0, os.SEEK_END)
     line = json.dumps(row, ensure_ascii=False, default=str)
     if "NaN" in line or "Infinity" in line:  # strict JSON has neither
         line = json.dumps(json.loads(line, parse_constant=lambda name: None), ensure_ascii=False)
     store.write((line + "\n").encode("utf-8", "replace"))  # a lone surrogate has no UTF-8, it becomes "?"
     prompt = row["prompt"]
-    if isinstance(prompt, list):  # the rows of a conversation are on one side; a lone message is as its text
+    if isinstance(prompt, list):
         first = next((turn["content"] for turn in prompt if turn["role"] == "user"), prompt[0]["content"])
         prompt = json.dumps(prompt) if whole else first
-    text = f"{seed} {prompt}"
-    digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+    digest = hashlib.sha256(f"{seed} {prompt}".encode("utf-8", "replace")).digest()
     return Row(int.from_bytes(digest[:8], "big"), row.get("confidence"), row.get("edit_distance"), start)
 
 
@@ -348,6 +343,11 @@ def print_table_5(files):
 ARTICLE = "Article: {}\n\nTL;DR:"
 TLDR = "SUBREDDIT: r/{}\n\nTITLE: {}\n\nPOST: {}\n\nTL;DR:"  # OpenAI's query format
 ROLES = "system", "developer", "user", "assistant", "tool"
+ANSWERS = "chosen", "rejected", "reference"
+CONTEXT = "system", "system_prompt", "history"  # columns that belong to the prompt
+# The better and the worse response's rating, as published sets (trl-lib, H4, argilla) name them
+RATINGS = [("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"),
+           ("chosen-rating", "rejected-rating"), ("chosen_score", "rejected_score")]
 
 
 def openai_row(raw):
@@ -368,21 +368,19 @@ def openai_row(raw):
 
 def conversation_row(raw):
     """Two conversations that part at their last turn: message lists (trl-lib) or transcripts (HH)."""
-    talks = []
-    for talk in raw["chosen"], raw["rejected"]:
+    talks = {}
+    for key in "chosen", "rejected":
+        talk = raw[key]
         if isinstance(talk, str):  # splits into ["", "Human", " ...", "Assistant", " ..."]
             start, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + talk.lstrip())
             if start.strip() or not parts:
                 return "without a prompt (name its column `prompt`, or make the texts HH's transcripts)"
             talk = [{"role": "user" if who == "Human" else "assistant", "content": text.strip()}
                     for who, text in zip(parts[::2], parts[1::2])]
-        talks.append(talk)
-    chosen, rejected = talks
-    if not all(talk and talk[-1]["role"] == "assistant" for talk in talks):
-        return "without an assistant's last turn"
-    if chosen[:-1] != rejected[:-1]:
+        talks[key] = talk
+    if talks["chosen"][:-1] != talks["rejected"][:-1]:
         return "with two different prompts"
-    return {"prompt": chosen[:-1]} | raw | {"chosen": chosen, "rejected": rejected}
+    return {"prompt": talks["chosen"][:-1]} | raw | talks
 
 
 def unlabelled_row(raw):
@@ -407,10 +405,7 @@ def label_row(raw):
 
 
 def messages_row(raw):
-    *prompt, last = raw["messages"] or [{"role": None}]
-    if last["role"] != "assistant":
-        return "without an assistant's last turn"
-    return answer_row(raw | {"prompt": prompt}, "messages")
+    return answer_row(raw | {"prompt": list(raw["messages"][:-1])}, "messages")
 
 
 def article_row(raw):
@@ -423,11 +418,6 @@ def instruction_row(raw):
     return {"prompt": [{"role": "user", "content": text}], "chosen": raw["output"]}
 
 
-ANSWERS = "chosen", "rejected", "reference"
-CONTEXT = "system", "system_prompt", "history"  # columns that belong to the prompt
-# The better and the worse response's rating, as published sets (trl-lib, H4, argilla) name them
-RATINGS = [("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"),
-           ("chosen-rating", "rejected-rating"), ("chosen_score", "rejected_score")]
 # Kind of set: its columns, and its function, which owns the raw row and may change it.
 SCHEMAS = {
     "OpenAI's comparisons": ("info summaries choice", openai_row),
@@ -521,9 +511,8 @@ def table_batches(path):
         return pyarrow.parquet.ParquetFile(path).iter_batches(1000)
     from pyarrow import csv
     # in these columns 12 is a text; in the others it is a number, and nothing is None
-    texts = {"reference": "string"}
-    for columns, _ in SCHEMAS.values():
-        texts |= {column: "string" for column in columns.split() if "rating" not in column}
+    columns = " ".join(columns for columns, _ in SCHEMAS.values())
+    texts = {column: "string" for column in (*columns.split(), *CONTEXT, "reference")}
     return csv.read_csv(  # a block holds the longest row, and decides what is a number
         path, csv.ReadOptions(block_size=2**26), csv.ParseOptions(newlines_in_values=True),
         convert_options=csv.ConvertOptions(column_types=texts)).to_batches(1000)

@@ -55,8 +55,8 @@ def write(path, rows):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.name.endswith(".json"):
         path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    elif path.name.endswith(".csv"):
-        with open(path, "w", encoding="utf-8", newline="") as file:
+    elif ".csv" in path.name:
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "wt", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, rows[0])
             table.writeheader()
             table.writerows(rows)
@@ -148,14 +148,16 @@ def test_hc_he_is_above_both_medians_of_train_and_lc_le_below_both(tmp_path):
         assert "| {} | {:.2f} | {:.2f} | {} | {} |\n".format(part, *means, *sizes) in stdout
 
 
-def test_a_pair_on_a_median_is_in_neither_part(tmp_path):
-    raw = [{"prompt": f"{i}", "chosen": "a b c d", "rejected": "a b c d e f g h"[:2 * i], "confidence": i}
-           for i in range(1, 4)]  # edit distances 3/4, 2/4, 1/4
-    for row, confidence in zip(raw, (3, 2, 1)):
-        row["confidence"] = confidence
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_pair_on_one_of_the_medians_is_in_neither_part(tmp_path, sign):
+    raw = []
+    for number, edits in enumerate([1, 2, 5, 3, 4], 1):  # the medians are 3 and 3: of the third and the fourth
+        number, edits = 3 + sign * (number - 3), 3 + sign * (edits - 3)
+        raw.append({"prompt": f"{number}", "chosen": "a b c d e f", "rejected": "a b c d e f"[2 * edits:],
+                    "confidence": number})
     run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw), *WHOLE)
-    assert prompts_of(tmp_path / "data/hc_he/train.jsonl") == {"1"}
-    assert prompts_of(tmp_path / "data/lc_le/train.jsonl") == {"3"}
+    both = [prompts_of(tmp_path / f"data/{part}/train.jsonl") for part in ("hc_he", "lc_le")]
+    assert both == ([{"5"}, {"1", "2"}] if sign == 1 else [{"4", "5"}, {"1"}])
 
 
 @pytest.mark.parametrize("chosen, rejected, responses, texts", [
@@ -233,7 +235,8 @@ def test_all_rows_of_a_conversation_are_on_one_side(tmp_path):
         raw += [{"prompt": turns[:i % 2 + size], "chosen": "Yes.", "rejected": "No."} for size in (1, 3, 5)]
     write(tmp_path / "raw.jsonl", raw)
     write(tmp_path / "sft.jsonl", [{"prompt": f"Talk {i}", "chosen": "Yes."} for i in range(60)])
-    run(tmp_path, "--dataset", "raw.jsonl", "sft.jsonl", "--prompts", "raw.jsonl", "--validation_fraction", 0.3)
+    run(tmp_path, "--dataset", "raw.jsonl", "sft.jsonl", "--prompts", "raw.jsonl",
+        "--validation_fraction", 0.3)
     sides = []
     for side in "train", "validation":
         rows = [str(row["prompt"]) for row in read(tmp_path / f"data/all/{side}.jsonl")]
@@ -283,19 +286,16 @@ def test_a_set_without_a_part_writes_no_file_and_removes_that_of_an_earlier_call
 LABEL = "SUBREDDIT: r/gardens\nTITLE: Title 1\nPOST: Post 1 of train.\nMore.\nTL;DR: "
 HUMAN = "\n\nHuman: Hello\n\nthere?\n\nAssistant: Hi.\n\nHuman: Tea?\n\nAssistant:"
 TALK = [user("Hello\n\nthere?"), assistant("Hi."), user("Tea?")]
+SUMMARIES = {"prompt": post(1), "chosen": " Good.", "rejected": " Bad 1.", "confidence": 5, "edit_distance": 1.0,
+             "id": "t3_train1", "batch": "batch3"}
 RATED = {"confidence": 1.5, "edit_distance": 0.5}
 YES, NO = [user("Ask?"), assistant("Yes, b.")], [user("Ask?"), assistant("No b.")]
 
 
 @pytest.mark.parametrize("raw, expected", [
-    (comparison(1), {"prompt": post(1), "chosen": " Good.", "rejected": " Bad 1.", "confidence": 5,
-                     "edit_distance": 1.0, "id": "t3_train1", "batch": "batch3"}),
-    (comparison(1, title=None), {"prompt": post(1).replace("Title 1", ""), "chosen": " Good.",
-                                 "rejected": " Bad 1.", "confidence": 5, "edit_distance": 1.0,
-                                 "id": "t3_train1", "batch": "batch3"}),
-    (comparison(1, post=None, article="Some news.\n", id=None),
-     {"prompt": "Article: Some news.\n\nTL;DR:", "chosen": " Good.", "rejected": " Bad 1.", "confidence": 5,
-      "edit_distance": 1.0, "batch": "batch3"}),
+    (comparison(1), SUMMARIES),
+    (comparison(1, title=None), SUMMARIES | {"prompt": post(1).replace("Title 1", "")}),
+    (comparison(1, post=None, article="News.\n"), SUMMARIES | {"prompt": "Article: News.\n\nTL;DR:"}),
     ({"chosen": YES, "rejected": NO, "who": 1},
      {"prompt": YES[:1], "chosen": "Yes, b.", "rejected": "No b.", "who": 1, "edit_distance": 0.5}),
     ({"chosen": HUMAN + " Yes,\n\nplease. ", "rejected": HUMAN + " No."},
@@ -336,7 +336,7 @@ GOOD = {"prompt": "Ask?", "chosen": "Yes.", "rejected": "No."}
     (GOOD, {"rejected": YES[:1]}, "without an assistant's last turn"),
     (comparison(1), {"info": {"post": None}}, "without post and article"),
     ({"chosen": YES, "rejected": NO}, {"rejected": [user("Other?"), NO[1]]}, "with two different prompts"),
-    ({"chosen": YES, "rejected": NO}, {"rejected": YES[:1]}, "without an assistant's last turn"),
+    ({"chosen": YES, "rejected": NO}, {"rejected": 2 * YES[:1]}, "without an assistant's last turn"),
     ({"chosen": YES, "rejected": NO}, {"rejected": "no transcript"}, "without a prompt"),
     ({"messages": YES}, {"messages": YES[:1]}, "without an assistant's last turn"),
     ({"messages": YES}, {"messages": []}, "without an assistant's last turn"),
@@ -396,11 +396,10 @@ def test_ties_are_dropped_unless_they_are_kept_and_stay_in_prompt_sets(tmp_path,
     ("Tea?", [user("Tea? ")], [user("Tea? ")]),  # the whole conversation
     ("Hello\n\nthere?", TALK, TALK),  # the prompt is its first turn
     ("Tea?", TALK, TALK),  # ... or its last
-    ([BRIEF, user("Tea?")], [CALL, RESULT], [BRIEF, user("Tea?"), CALL, RESULT]),  # they go on from the prompt
+    ([BRIEF, user("Tea?")], [CALL, RESULT], [BRIEF, user("Tea?"), CALL, RESULT]),  # they go on
     ([BRIEF], [user("Tea?")], [BRIEF, user("Tea?")]),
     ("Tea?", [BRIEF], None),
     ("Tea?", [user("Tea or coffee?")], None),
-    ([BRIEF, user("Tea?")], [BRIEF, user("Coffee?")], None),
 ])
 def test_turns_that_both_answers_share_are_the_prompt_and_others_drop_the_row(tmp_path, prompt, before,
                                                                               expected):
@@ -435,7 +434,7 @@ def test_system_and_history_become_messages_of_the_prompt(tmp_path, raw, columns
 
 
 @pytest.mark.parametrize("prompt, response, written", [
-    ("Text:", "yes \n", " yes"), ("Text:", " yes", " yes"), ("Text: ", "yes", "yes"), ("Text\n", "yes", "yes"),
+    ("Text:", "yes \n", " yes"), ("Text:", " yes", " yes"), ("Text: ", "yes", "yes"),
     ("def f(a):\n", "    return a\n", "    return a"), ("def f(a):", "\n    return a", "\n    return a"),
     ([user("Write it.")], "    return a\n", "    return a\n"), ([user("Write it.")], "yes", "yes"),
 ])
@@ -499,31 +498,24 @@ def test_prompt_sets_hold_no_prompt_twice_and_the_sets_answer_as_reference(tmp_p
 
 def test_every_format_gives_the_same_files_and_so_does_a_set_in_two_files(tmp_path):
     raw = [row | {"reference": str(i)} for i, row in enumerate(rated_pairs(120, prompts=40))]
+    for row in raw:
+        del row["mine"]  # a CSV holds no dict
     raw[0] |= {"chosen": 'a, "b"\nc', "rejected": "12"}
-    texts = []
-    for endings in (["jsonl"], ["jsonl.gz"], ["json"], ["parquet"], ["jsonl", "parquet"]):
-        files = [write(tmp_path / f"{len(endings)}{i}.{ending}", raw[:50] if len(endings) > i + 1 else
-                       raw[50 * i:]) for i, ending in enumerate(endings)]
+    written = []
+    for endings in "jsonl", "jsonl.gz", "json", "parquet", "csv", "csv.gz", "jsonl parquet":
+        size = 120 // len(endings.split())
+        files = [write(tmp_path / f"{size}_{i}.{ending}", raw[i * size:(i + 1) * size])
+                 for i, ending in enumerate(endings.split())]
         run(tmp_path, "--dataset", *files)
-        texts.append([(tmp_path / f"data/{part}.jsonl").read_bytes() for part in PARTS])
-    assert all(text == texts[0] for text in texts)
+        written.append({path: text for path, text in tree(tmp_path / "data").items()})
+    assert len(written[0]) == 6 and all(files == written[0] for files in written)
 
 
-def test_a_csv_gives_the_same_files_and_an_empty_number_is_none(tmp_path):
-    raw = [{key: value for key, value in row.items() if key != "mine"} for row in rated_pairs(120, 40)]
-    raw[0] |= {"chosen": 'a, "b"\nc', "rejected": "12"}
-    raw = [row | {"reference": str(i)} for i, row in enumerate(raw)]
-    write(tmp_path / "a.jsonl", raw)
-    (tmp_path / "c.csv.gz").write_bytes(gzip.compress(write(tmp_path / "b.csv", raw).read_bytes()))
-    texts = []
-    for name in "a.jsonl", "b.csv", "c.csv.gz":
-        run(tmp_path, "--dataset", name)
-        texts.append([(tmp_path / f"data/{part}.jsonl").read_bytes() for part in PARTS])
-    assert texts[0] == texts[1] == texts[2]
-    raw[1]["confidence"] = ""
-    assert "left out of every split: 1 train" in run(tmp_path, "--dataset", write(tmp_path / "d.csv", raw))
-    run(tmp_path, "--prompts", write(tmp_path / "e.csv", [{"prompt": "7"}, {"prompt": "Why, so?"}]))
-    assert prompts_of(tmp_path / "data/prompts/e.jsonl") == {"7", "Why, so?"}
+def test_in_a_csv_an_empty_number_is_none_and_a_numeral_in_a_text_column_a_text(tmp_path):
+    raw = [GOOD | {"prompt": "7", "confidence": ""}, GOOD | {"prompt": "Why, so?", "confidence": 1}]
+    stdout = run(tmp_path, "--dataset", write(tmp_path / "a.csv", raw), "--prompts", "a.csv", *WHOLE)
+    assert "left out of every split: 1 train" in stdout
+    assert prompts_of(tmp_path / "data/prompts/a.jsonl") == {"7", "Why, so?"}
 
 
 def test_what_load_dataset_reads(tmp_path):
@@ -584,8 +576,6 @@ def test_a_full_disk_touches_nothing(tmp_path):
 # ---- bad input
 
 PAIR = json.dumps(GOOD)
-COMPARISON = ('{"info": {"post": "a", "subreddit": "b"}, "summaries": [{"text": "a"}, {"text": "b"}], '
-              '"choice": 0}')
 ROW = "x.jsonl, row 1"
 
 
@@ -596,19 +586,16 @@ def pair(**changes):
 @pytest.mark.parametrize("content, flags, words", [
     (None, "--dataset absent.jsonl", "absent.jsonl|no file|hub"),
     (None, "--dataset someone/unknown:train", "someone/unknown:train|no file|hub"),
-    (None, "--prompts tatsu-lab/alpaca_eval", "tatsu-lab/alpaca_eval|hub"),
     (None, "--dataset .", ".: no file|data files"),
     (None, "", "--dataset|--prompts"),
     # files
     ("\n \n", "--dataset x.jsonl", "x.jsonl|no rows"),
     (PAIR.encode("utf-16"), "--dataset x.jsonl", "x.jsonl: cannot read it|UTF-8"),
     (PAIR, "--dataset x.jsonl.gz", "x.jsonl.gz: cannot read it|gzip"),
-    (gzip.compress(PAIR.encode())[:-9], "--dataset x.jsonl.gz", "x.jsonl.gz: cannot read it"),
     (gzip.compress(PAIR.encode())[:20] + 40 * b"x", "--dataset x.jsonl.gz", "x.jsonl.gz: cannot read it"),
     ("PAR1 no parquet", "--dataset x.parquet", "x.parquet: cannot read it"),
     ("", "--dataset x.csv", "x.csv|mpty"),
     ("prompt,chosen\na,b,c\n", "--dataset x.csv", "x.csv|columns"),
-    ("prompt,chosen\n", "--dataset x.csv", "x.csv|no rows"),
     # JSON
     (PAIR + "\n{oops\n", "--dataset x.jsonl", "x.jsonl, line 2|not JSON"),
     ('[{"prompt": ', "--prompts x.jsonl", "x.jsonl|not JSON"),
@@ -633,18 +620,15 @@ def pair(**changes):
     (pair(system=7), "--dataset x.jsonl", f"{ROW}|content"),
     (pair(history=[["Hi"]]), "--dataset x.jsonl", ROW),
     (pair(score_chosen="high", score_rejected="low"), "--dataset x.jsonl", ROW),
-    (pair(system="Be brief.", prompt=[{"role": "system", "content": "Be long."}, YES[0]]), "--dataset x.jsonl",
+    (pair(system="Be brief.", prompt=[{"role": "system", "content": "Be long."}]), "--dataset x.jsonl",
      f"{ROW}|beside a system message"),
-    (pair(rejected=" "), "--dataset x.jsonl", "x.jsonl|no row|empty `rejected`"),
     (pair(confidence="high"), "--dataset x.jsonl", f"{ROW}|confidence"),
     (pair(confidence=float("inf")), "--dataset x.jsonl", f"{ROW}|confidence"),
     ("prompt,chosen,rejected,confidence\na,b,c,high\n", "--dataset x.csv", "x.csv, row 1|confidence"),
-    (COMPARISON.replace("0}", "2}"), "--dataset x.jsonl", f"{ROW}|choice"),
-    (COMPARISON.replace('{"post": "a", "subreddit": "b"}', "null"), "--dataset x.jsonl", f"{ROW}|info"),
+    (json.dumps(comparison(1) | {"choice": 2}), "--dataset x.jsonl", f"{ROW}|choice"),
     ('{"chosen": 1, "rejected": 2}', "--dataset x.jsonl", f"{ROW}|chosen, rejected"),
     ('{"messages": "text"}', "--dataset x.jsonl", f"{ROW}|messages"),
     ('{"prompt": "a", "responses": ["b", "c", "d"]}', "--dataset x.jsonl", f"{ROW}|two texts"),
-    ('{"prompt": "a", "responses": "bc"}', "--dataset x.jsonl", f"{ROW}|two texts"),
     # flags
     ('{"prompt": "a"}', "--prompts x.jsonl ./x.jsonl", "--prompts|x, x"),
     ('{"prompt": "a"}', "--prompts x.jsonl --num_prompts -1", "--num_prompts -1"),
