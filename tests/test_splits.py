@@ -51,17 +51,18 @@ def tree(folder):
 
 def write(path, rows):
     """Writes raw rows in the format that the path's ending names."""
+    opened = gzip.open if path.name.endswith(".gz") else open
     if path.name.endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.name.endswith(".json"):
         path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     elif ".csv" in path.name:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "wt", encoding="utf-8", newline="") as file:
+        with opened(path, "wt", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, rows[0])
             table.writeheader()
             table.writerows(rows)
     else:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "wt", encoding="utf-8") as file:
+        with opened(path, "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return path
 
@@ -73,6 +74,13 @@ def read(path):
 
 def prompts_of(path):
     return {row["prompt"] for row in read(path)}
+
+
+def made(folder, raw, *flags, status=0):
+    """(the rows of all/train or sft/train that raw rows become, what is printed)."""
+    stdout = run(folder, "--dataset", write(folder / "raw.jsonl", raw), *WHOLE, *flags, status=status)
+    paths = [path for path in folder.glob("data/*/train.jsonl") if path.parent.name in ("all", "sft")]
+    return (read(*paths) if paths else None), stdout
 
 
 def rated_pairs(count, prompts):
@@ -151,7 +159,7 @@ def test_hc_he_is_above_both_medians_of_train_and_lc_le_below_both(tmp_path):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_pair_on_one_of_the_medians_is_in_neither_part(tmp_path, sign):
     raw = []
-    for number, edits in enumerate([1, 2, 5, 3, 4], 1):  # the medians are 3 and 3: of the third and the fourth
+    for number, edits in enumerate([1, 2, 5, 3, 4], 1):  # both medians are 3
         number, edits = 3 + sign * (number - 3), 3 + sign * (edits - 3)
         raw.append({"prompt": f"{number}", "chosen": "a b c d e f", "rejected": "a b c d e f"[2 * edits:],
                     "confidence": number})
@@ -248,7 +256,15 @@ def test_all_rows_of_a_conversation_are_on_one_side(tmp_path):
     assert len(read(tmp_path / "data/prompts/raw.jsonl")) == 180  # a prompt set has all of them
 
 
-@pytest.mark.parametrize("seed", range(4))
+def test_the_prompt_held_out_of_a_tiny_set_is_none_of_its_validation_split(tmp_path):
+    raw = [*map(comparison, range(3)), comparison(0) | {"split": "valid1"}]
+    write(tmp_path / "raw.jsonl", raw)
+    for seed in 6, 10, 11:  # of which the hash of its prompt is the least
+        stdout = run(tmp_path, "--dataset", "raw.jsonl", "--validation_fraction", 1e-9, "--seed", seed)
+        assert "of 3 train rows, 1 held out by prompt, 1 dropped" in stdout
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5])
 def test_of_a_tiny_set_one_prompt_is_held_out_and_leaves_every_train_set(tmp_path, seed):
     write(tmp_path / "pairs.jsonl",
           [{"prompt": f"Ask {i}?", "chosen": "yes", "rejected": "no"} for i in range(3)])
@@ -261,7 +277,7 @@ def test_of_a_tiny_set_one_prompt_is_held_out_and_leaves_every_train_set(tmp_pat
 
 
 def test_pairs_without_a_confidence_leave_a_set_that_has_some(tmp_path):
-    raw = [comparison(i, i % 9 or None) for i in range(90)]
+    raw = [comparison(i, i % 9 or (None if i % 2 else float("nan"))) for i in range(90)]
     raw += [comparison(i, None, "valid1") for i in range(5)]
     stdout = run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw))
     assert "without a confidence, left out of every split: 10 train and 5 validation rows" in stdout
@@ -286,8 +302,8 @@ def test_a_set_without_a_part_writes_no_file_and_removes_that_of_an_earlier_call
 LABEL = "SUBREDDIT: r/gardens\nTITLE: Title 1\nPOST: Post 1 of train.\nMore.\nTL;DR: "
 HUMAN = "\n\nHuman: Hello\n\nthere?\n\nAssistant: Hi.\n\nHuman: Tea?\n\nAssistant:"
 TALK = [user("Hello\n\nthere?"), assistant("Hi."), user("Tea?")]
-SUMMARIES = {"prompt": post(1), "chosen": " Good.", "rejected": " Bad 1.", "confidence": 5, "edit_distance": 1.0,
-             "id": "t3_train1", "batch": "batch3"}
+SUMMARIES = {"prompt": post(1), "chosen": " Good.", "rejected": " Bad 1.", "confidence": 5,
+             "edit_distance": 1.0, "id": "t3_train1", "batch": "batch3"}
 RATED = {"confidence": 1.5, "edit_distance": 0.5}
 YES, NO = [user("Ask?"), assistant("Yes, b.")], [user("Ask?"), assistant("No b.")]
 
@@ -317,9 +333,7 @@ YES, NO = [user("Ask?"), assistant("Yes, b.")], [user("Ask?"), assistant("No b."
      {"prompt": [user("Do\n\nit")], "chosen": "Yes."}),
 ])
 def test_a_row_of_each_schema(tmp_path, raw, expected):
-    run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", [raw]), *WHOLE)
-    kind = "all" if "rejected" in expected else "sft"
-    assert read(tmp_path / f"data/{kind}/train.jsonl") == [expected]
+    assert made(tmp_path, [raw])[0] == [expected]
 
 
 GOOD = {"prompt": "Ask?", "chosen": "Yes.", "rejected": "No."}
@@ -344,21 +358,17 @@ GOOD = {"prompt": "Ask?", "chosen": "Yes.", "rejected": "No."}
     ({"messages": YES}, {"messages": YES[1:], "system": "Be brief."}, "with an empty prompt"),
 ])
 def test_a_row_that_teaches_nothing_is_dropped_and_counted(tmp_path, good, change, why):
-    raw = [good, good | change, good | change, good]
-    stdout = run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw), *WHOLE)
+    _, stdout = made(tmp_path, [good, good | change, good | change, good])
     assert f": 2 train rows; dropped: 2 {why}" in stdout
 
 
 def test_duplicates_and_pairs_that_contradict_an_earlier_one_are_counted_and_stay(tmp_path):
     swapped = {"prompt": "Ask?", "chosen": " No.", "rejected": "Yes."}
     raw = [GOOD, GOOD | {"mine": 1}, GOOD | {"prompt": "Else?"}, swapped, GOOD | {"chosen": "Yes!"}]
-    stdout = run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw), *WHOLE)
-    assert "5 train rows; dropped: none\n" in stdout
+    rows, stdout = made(tmp_path, raw)
+    assert len(rows) == 5
     assert "raw.jsonl: of these 1 exact duplicates, 1 contradict an earlier pair\n" in stdout
-    assert len(read(tmp_path / "data/all/train.jsonl")) == 5
-    assert "of these" not in run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw[2:]), *WHOLE)
-    write(tmp_path / "sft.jsonl", 3 * [{"prompt": "Ask?", "chosen": "Yes."}])
-    assert "of these 2 exact duplicates\n" in run(tmp_path, "--dataset", "sft.jsonl", *WHOLE)
+    assert "of these" not in made(tmp_path, raw[2:])[1]
 
 
 @pytest.mark.parametrize("shape", [{"prompt": "Ask?", "chosen": YES, "rejected": NO},
@@ -369,11 +379,9 @@ def test_the_confidence_is_the_gap_of_two_ratings_in_every_published_shape(tmp_p
     better, worse = ratings.split()
     raw = [shape | {better: 4.5, worse: 3.0}, shape | {better: None, worse: 3.0},
            shape | {better: 4.5, worse: 3.0, "confidence": 7}]
-    run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw), *WHOLE)
-    rows = read(tmp_path / "data/all/train.jsonl")
-    rows.sort(key=lambda row: row["confidence"])
+    rows, _ = made(tmp_path, raw)
     expected = {"prompt": YES[:1], "chosen": "Yes, b.", "rejected": "No b.", better: 4.5, worse: 3.0} | RATED
-    assert rows == [expected, expected | {"confidence": 7}]
+    assert sorted(rows, key=lambda row: row["confidence"]) == [expected, expected | {"confidence": 7}]
 
 
 @pytest.mark.parametrize("tie, clear", [({"tie": True}, {"tie": False}), ({"tie": 1}, {"tie": None}),
@@ -381,14 +389,11 @@ def test_the_confidence_is_the_gap_of_two_ratings_in_every_published_shape(tmp_p
                                          {"score_chosen": 4, "score_rejected": 3, "confidence": 0})])
 def test_ties_are_dropped_unless_they_are_kept_and_stay_in_prompt_sets(tmp_path, tie, clear):
     raw = [GOOD | {"prompt": f"{i}"} | (tie if i % 3 else clear) for i in range(9)]
-    write(tmp_path / "raw.jsonl", raw)
-    stdout = run(tmp_path, "--dataset", "raw.jsonl", "--prompts", "raw.jsonl", *WHOLE)
-    assert "3 train rows; dropped: 6 tied (--keep_ties keeps them)\n" in stdout
-    assert prompts_of(tmp_path / "data/all/train.jsonl") == {"0", "3", "6"}
+    rows, stdout = made(tmp_path, raw, "--prompts", "raw.jsonl")
+    assert "dropped: 6 tied (--keep_ties keeps them)\n" in stdout
+    assert {row["prompt"] for row in rows} == {"0", "3", "6"}
     assert len(read(tmp_path / "data/prompts/raw.jsonl")) == 9
-    run(tmp_path, "--dataset", "raw.jsonl", *WHOLE, "--keep_ties")
-    assert len(read(tmp_path / "data/all/train.jsonl")) == 9
-
+    assert len(made(tmp_path, raw, "--keep_ties")[0]) == 9
 
 
 @pytest.mark.parametrize("prompt, before, expected", [
@@ -401,17 +406,13 @@ def test_ties_are_dropped_unless_they_are_kept_and_stay_in_prompt_sets(tmp_path,
     ("Tea?", [BRIEF], None),
     ("Tea?", [user("Tea or coffee?")], None),
 ])
-def test_turns_that_both_answers_share_are_the_prompt_and_others_drop_the_row(tmp_path, prompt, before,
-                                                                              expected):
-    raw = {"prompt": prompt, "chosen": [*before, assistant("Yes.")], "rejected": [*before, assistant("No.")]}
-    sft = {"prompt": prompt, "completion": raw["chosen"]}
-    write(tmp_path / "raw.jsonl", [raw, GOOD | {"prompt": "Other?"}])
-    write(tmp_path / "sft.jsonl", [sft, {"prompt": "Other?", "completion": "Yes."}])
-    stdout = run(tmp_path, "--dataset", "raw.jsonl", "sft.jsonl", *WHOLE)
-    for kind in "all", "sft":
-        rows = [row for row in read(tmp_path / f"data/{kind}/train.jsonl") if row["prompt"] != "Other?"]
-        assert [(row["prompt"], row["chosen"]) for row in rows] == ([(expected, "Yes.")] if expected else [])
-    assert expected or stdout.count("dropped: 1 with turns in `chosen` that the prompt lacks") == 2
+def test_shared_turns_move_into_the_prompt_and_others_drop_the_row(tmp_path, prompt, before, expected):
+    pair = {"prompt": prompt, "chosen": [*before, assistant("Yes.")], "rejected": [*before, assistant("No.")]}
+    for raw in pair, {"prompt": prompt, "completion": pair["chosen"]}:
+        (tmp_path / "sft").mkdir(exist_ok=True)
+        rows, message = made(tmp_path / ("" if raw is pair else "sft"), [raw], status=0 if expected else 2)
+        assert expected or "1 with turns in `chosen` that the prompt lacks" in message
+        assert not expected or [(row["prompt"], row["chosen"]) for row in rows] == [(expected, "Yes.")]
 
 
 @pytest.mark.parametrize("columns, start", [
@@ -426,37 +427,33 @@ def test_turns_that_both_answers_share_are_the_prompt_and_others_drop_the_row(tm
     {"prompt": "Ask?", "chosen": YES, "rejected": NO}, {"chosen": YES, "rejected": NO},
     {"prompt": [user("Ask?")], "response": "Yes."}])
 def test_system_and_history_become_messages_of_the_prompt(tmp_path, raw, columns, start):
-    stdout = run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", [raw | columns]), *WHOLE)
+    (row,), stdout = made(tmp_path, [raw | columns])
     assert "of these 1 with `system` or `history`, now messages\n" in stdout
-    row, = read(next((tmp_path / "data").rglob("train.jsonl")))
     assert row["prompt"] == [*start, user("Ask?")] and row["chosen"].startswith("Yes")
     assert not set(row) & {"system", "system_prompt", "history"}
 
 
 @pytest.mark.parametrize("prompt, response, written", [
-    ("Text:", "yes \n", " yes"), ("Text:", " yes", " yes"), ("Text: ", "yes", "yes"),
+    ("Text:", "yes \n", " yes"), ("Text:", " yes", " yes"), ("Text:\n", "yes", "yes"),
     ("def f(a):\n", "    return a\n", "    return a"), ("def f(a):", "\n    return a", "\n    return a"),
     ([user("Write it.")], "    return a\n", "    return a\n"), ([user("Write it.")], "yes", "yes"),
 ])
-def test_a_space_stands_before_a_response_to_text_and_blanks_of_the_answer_stay(tmp_path, prompt, response,
-                                                                               written):
+def test_only_a_response_to_text_gets_a_space_and_blanks_of_the_answer_stay(tmp_path, prompt, response,
+                                                                           written):
     raw = {"prompt": prompt, "chosen": response, "rejected": "no", "reference": response}
-    run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", [raw]), *WHOLE)
-    row, = read(tmp_path / "data/all/train.jsonl")
+    row, = made(tmp_path, [raw])[0]
     assert row["chosen"] == row["reference"] == written
-    raw["rejected"] = response.strip()  # another indentation is another answer
-    kept = response.startswith("  ") or response.startswith("\n")
-    run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", [raw]), *WHOLE, status=0 if kept else 2)
+    indented = response[0] in " \n" and response != " yes"  # another indentation is another answer
+    made(tmp_path, [raw | {"rejected": response.strip()}], status=0 if indented else 2)
 
 
 def test_other_keys_travel_along_as_strict_json(tmp_path):
     mine = {"score_chosen": float("nan"), "meta": {"a": [1.5, float("-inf")], "b": "NaN é"}, "tags": None}
+    strict = {"score_chosen": None, "meta": {"a": [1.5, None], "b": "NaN é"}, "tags": None}
     for ending in "jsonl", "parquet":
         run(tmp_path, "--dataset", write(tmp_path / f"raw.{ending}", [GOOD | mine]), *WHOLE)
-        text = (tmp_path / "data/all/train.jsonl").read_text()
-        row = json.loads(text, parse_constant=pytest.fail)
-        assert {key: row[key] for key in mine} == {
-            "score_chosen": None, "meta": {"a": [1.5, None], "b": "NaN é"}, "tags": None}
+        row = json.loads((tmp_path / "data/all/train.jsonl").read_text(), parse_constant=pytest.fail)
+        assert {key: row[key] for key in mine} == strict
 
 
 def test_prompt_sets_hold_no_prompt_twice_and_the_sets_answer_as_reference(tmp_path):
@@ -464,31 +461,28 @@ def test_prompt_sets_hold_no_prompt_twice_and_the_sets_answer_as_reference(tmp_p
           [{"article": f"News {i}.", "highlights": f"One {i} .", "id": f"a{i}"} for i in range(50)])
     write(tmp_path / "alpaca.json", 2 * [
         {"instruction": f"Do {i}", "output": f"Done {i}", "dataset": f"set {i % 2}"} for i in range(30)])
-    write(tmp_path / "plain.parquet", [{"prompt": f"Plain {i}"} for i in range(5)])
     write(tmp_path / "pairs.jsonl", [dict(GOOD, prompt=f"{i % 6}", id=i, reference="R" if i < 3 else None)
                                      for i in range(20)])
     write(tmp_path / "two.jsonl", [{"prompt": "Ask?", "responses": ["a", "b"]}])
     write(tmp_path / "raw.jsonl", [comparison(1), comparison(2, side="valid1")])
-    files = ["news.jsonl.gz", "alpaca.json", "plain.parquet", "pairs.jsonl", "two.jsonl", "raw.jsonl"]
+    files = ["news.jsonl.gz", "alpaca.json", "pairs.jsonl", "two.jsonl", "raw.jsonl"]
     run(tmp_path, "--prompts", *files, "--num_prompts", 20)
-    rows = {name: read(tmp_path / f"data/prompts/{name.split('.')[0]}.jsonl") for name in files}
-    numbers = [int(row["id"][1:]) for row in rows["news.jsonl.gz"]]
-    assert len(set(numbers)) == 20 and numbers != sorted(numbers)
-    assert rows["news.jsonl.gz"] == [{"prompt": f"Article: News {i}.\n\nTL;DR:", "reference": f" One {i} .",
-                                      "dataset": "news", "id": f"a{i}"} for i in numbers]
-    done = [int(row["reference"].split()[1]) for row in rows["alpaca.json"]]
-    assert len(set(done)) == 20
-    assert rows["alpaca.json"] == [{"prompt": [user(f"Do {i}")], "reference": f"Done {i}",
-                                    "dataset": f"set {i % 2}"} for i in done]  # its own
-    assert sorted(map(str, rows["plain.parquet"])) == [
-        str({"prompt": f"Plain {i}", "dataset": "plain"}) for i in range(5)]
-    assert sorted(rows["pairs.jsonl"], key=lambda row: row["id"]) == [  # the first row of each prompt
+    news, alpaca, pairs, two, raw = (read(tmp_path / f"data/prompts/{name.split('.')[0]}.jsonl")
+                                     for name in files)
+    for rows in news, alpaca:
+        numbers = [int(row["reference"].split()[1]) for row in rows]
+        assert len(set(numbers)) == 20 and numbers != sorted(numbers)
+        assert rows == [{"prompt": f"Article: News {i}.\n\nTL;DR:", "reference": f" One {i} .", "id": f"a{i}",
+                         "dataset": "news"} if rows is news else
+                        {"prompt": [user(f"Do {i}")], "reference": f"Done {i}",
+                         "dataset": f"set {i % 2}"} for i in numbers]  # alpaca's own, e.g. "koala"
+    assert sorted(pairs, key=lambda row: row["id"]) == [  # the first row of each prompt
         {"prompt": f"{i}", "reference": " R" if i < 3 else " Yes.", "dataset": "pairs", "id": i}
         for i in range(6)]
-    assert rows["two.jsonl"] == [{"prompt": "Ask?", "dataset": "two"}]
-    assert {row["prompt"] for row in rows["raw.jsonl"]} == {post(1), post(2, "valid1")}
+    assert two == [{"prompt": "Ask?", "dataset": "two"}]
+    assert {row["prompt"] for row in raw} == {post(1), post(2, "valid1")}
     run(tmp_path, "--prompts", "news.jsonl.gz", "--num_prompts", 20, "--out", "again")  # alone: the same
-    assert read(tmp_path / "again/prompts/news.jsonl") == rows["news.jsonl.gz"]
+    assert read(tmp_path / "again/prompts/news.jsonl") == news
     run(tmp_path, "--prompts", "news.jsonl.gz", "--num_prompts", 0, "--out", "again")
     assert len(read(tmp_path / "again/prompts/news.jsonl")) == 50
 
@@ -646,10 +640,11 @@ def test_bad_input_is_one_line(tmp_path, content, flags, words):
     assert all(word in message for word in words.split("|")), message
 
 
-def test_preference_sets_of_two_schemas_do_not_mix(tmp_path):
+def test_preference_sets_of_two_schemas_or_scales_do_not_mix(tmp_path):
     write(tmp_path / "a.jsonl", [GOOD])
-    write(tmp_path / "b.jsonl", [comparison(1)])
-    assert "several schemas" in run(tmp_path, "--dataset", "a.jsonl", "b.jsonl", status=2)
+    for other in comparison(1), GOOD | {"score_chosen": 2, "score_rejected": 1}:
+        write(tmp_path / "b.jsonl", [other])
+        assert "several schemas" in run(tmp_path, "--dataset", "a.jsonl", "b.jsonl", status=2)
 
 
 def test_no_training_row_left_is_one_line(tmp_path):
