@@ -102,7 +102,7 @@ def plain(row):
             if key != "edit_distance"}
 
 
-def comparison(number, confidence=5, side="train", texts=(" Good.", " Bad {}."), **info):
+def comparison(number, confidence=5, side="train", texts=(" Good.", "  Bad {}."), **info):
     """A raw row of OpenAI's comparisons about post `number`."""
     post = {"id": f"t3_{side}{number}", "post": f"Post {number} of {side}.\nMore.", "subreddit": "gardens",
             "title": f"Title {number} ", "site": None, "article": None}
@@ -320,7 +320,7 @@ YES, NO = [user("Ask?"), assistant("Yes, b.")], [user("Ask?"), assistant("No b."
      {"prompt": "Ask?", "chosen": " Yes, b.", "rejected": " No b.", "mine": {"a": [1]}} | RATED),
     ({"prompt": "Ask?", "responses": ["Yes, b.", "No b."], "mine": 1},
      {"prompt": "Ask?", "chosen": " Yes, b.", "rejected": " No b.", "mine": 1, "edit_distance": 0.5}),
-    ({"prompt": LABEL, "label": " Good."}, {"prompt": post(1), "chosen": " Good."}),
+    ({"prompt": LABEL, "label": "  Good."}, {"prompt": post(1), "chosen": " Good."}),
     ({"prompt": "Ask?", "chosen": "Yes.", "who": 1}, {"prompt": "Ask?", "chosen": " Yes.", "who": 1}),
     ({"prompt": "Ask?", "response": "Yes.", "who": 1}, {"prompt": "Ask?", "chosen": " Yes.", "who": 1}),
     ({"prompt": "Ask?", "completion": "Yes.", "who": 1}, {"prompt": "Ask?", "chosen": " Yes.", "who": 1}),
@@ -447,13 +447,14 @@ def test_only_a_response_to_text_gets_a_space_and_blanks_of_the_answer_stay(tmp_
     made(tmp_path, [raw | {"rejected": response.strip()}], status=0 if indented else 2)
 
 
-def test_other_keys_travel_along_as_strict_json(tmp_path):
-    mine = {"score_chosen": float("nan"), "meta": {"a": [1.5, float("-inf")], "b": "NaN é"}, "tags": None}
-    strict = {"score_chosen": None, "meta": {"a": [1.5, None], "b": "NaN é"}, "tags": None}
-    for ending in "jsonl", "parquet":
-        run(tmp_path, "--dataset", write(tmp_path / f"raw.{ending}", [GOOD | mine]), *WHOLE)
-        row = json.loads((tmp_path / "data/all/train.jsonl").read_text(), parse_constant=pytest.fail)
-        assert {key: row[key] for key in mine} == strict
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_other_keys_travel_along_as_strict_json(tmp_path, ending, number):
+    mine = {"score_chosen": number, "meta": {"a": [1.5, number], "b": "é"}, "tags": None}
+    run(tmp_path, "--dataset", write(tmp_path / f"raw.{ending}", [GOOD | mine]), *WHOLE)
+    row = json.loads((tmp_path / "data/all/train.jsonl").read_text(), parse_constant=pytest.fail)
+    strict = {"score_chosen": None, "meta": {"a": [1.5, None], "b": "é"}, "tags": None}
+    assert {key: row[key] for key in mine} == strict
 
 
 def test_prompt_sets_hold_no_prompt_twice_and_the_sets_answer_as_reference(tmp_path):
