@@ -10,9 +10,10 @@ In:  .jsonl, .json, .csv (all also as .gz) and .parquet files, hub ids, and fold
      hub_rows picks. A split called val..., dev... or test... is a validation split.
 Out: a JSON row a line. `prompt` is text or a list of {"role", "content"} messages, and `chosen` is text. A
      pair also has `rejected`, `edit_distance` (0-1) and, where its set has one, `confidence`: its own, or the
-     gap of its two ratings. `system` and `history` become messages of the prompt; other keys travel along.
-     prompt + response is the text: a response to plain text gets a space before it, unless white space
-     stands there. With messages nothing is added or taken.
+     gap of its two ratings. `system` and `history` become messages of the prompt. Other keys travel along,
+     but for those of comparisons, articles and instructions. prompt + response is the text: a response to
+     plain text gets a space before it, unless white space stands there, and loses white space at its end.
+     With messages nothing is added or taken.
 
 hc_he has the pairs above both medians of all/train, of confidence and edit distance; lc_le those below both.
 - Train and validation share no prompt, and no user's first message of a conversation. A prompt is held out
