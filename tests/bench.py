@@ -2,7 +2,6 @@
 
     python -m venv bench_env && bench_env/bin/pip install -r requirements.txt trl==1.16.0
     bench_env/bin/python tests/bench.py                   # a small random OPT; ten minutes on two cores
-    bench_env/bin/python tests/bench.py --modes oracle --shapes 3:1 --profile
     bench_env/bin/python tests/bench.py --model SmolLM2-135M-Instruct --modes align oracle --steps 5  # 16 GB
     python tests/bench.py --modes scoring generation --against_build ../before         # a git worktree
     python tests/bench.py --modes growth
@@ -12,10 +11,8 @@ in a process of its own. The two take their steps in turn, so other programs dis
 the same model, token ids, batches, AdamW, clipping and dtype, no dropout and no gradient checkpointing. TRL
 runs without DeepSpeed. With --against_build the other side is the same script of that folder.
 
-`time` is by the clock; `CPU` is in CPU seconds, which other programs disturb less. Both are of a step: the
-median of the steps' ratios, in brackets each side's median. For scoring and generation they are of a run
-without loading, the median of three runs. `memory` is the resident peak, imports included, and on a GPU what
-was allocated there. The GPU's path is untested.
+`time` is by the clock, `CPU` in CPU seconds, which other programs disturb less. Both are medians, of the
+steps or of three runs of scoring or generation, without loading. `memory` is the peak, imports included.
 """
 import argparse
 import hashlib
@@ -24,12 +21,12 @@ import json
 import multiprocessing
 import os
 import random
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from shutil import rmtree
+from statistics import median
 
 os.environ |= {"OMP_WAIT_POLICY": "passive",  # whoever waits must not spin
                "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -38,7 +35,6 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-RATIOS = ["align", "losses", "oracle", "sft", "scoring", "generation"]
 SHAPES = {"1:1": (128, 128, 128), "3:1": (192, 64, 64), "11:1": (352, 32, 32), "TL;DR": (354, 33, 33),
           "natural": None}  # tokens of prompt and responses, EOS included
 NATURAL = (3.19, 0.81), (4.99, 0.51), (4.82, 0.53)  # lognormals of mean 34, 167, 143: AlpacaEval's tokens
@@ -51,25 +47,24 @@ def main():
     home = Path(args.out).resolve()
     home.mkdir(parents=True, exist_ok=True)
     model = os.path.abspath(args.model or make_model(home / "model"))
-    if set(args.modes) & set(RATIOS):
-        ratios(args, home, model)
     if "growth" in args.modes:
         growth(home, model)
+    else:
+        ratios(args, home, model)
 
 
 def ratios(args, home, model):
     """Prints the table of ratios, each row as soon as it is measured."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     max_steps = args.steps + 1  # one of warm-up
-    size = args.batch_size
 
     def compare(what, ours, name, theirs):
         """Prints a row. ours: a stage and its flags; theirs: the same, or a function and its arguments."""
         if args.against_build:
             name, theirs = args.against_build, ours
         if theirs[0] == ours[0]:
-            out = home / f"{ours[0]}_theirs"
-            theirs = run_stage, args.against_build or ROOT, *theirs, "--out", out
+            build = args.against_build or ROOT
+            theirs = run_stage, build, *theirs, "--out", home / f"{ours[0]}_theirs"
         ours = run_stage, ROOT, *ours, "--out", home / f"{ours[0]}_ours"
         steps = args.steps if "--max_steps" in ours else 0
         samples = []
@@ -77,25 +72,24 @@ def ratios(args, home, model):
             samples += alternate({"ours": ours, "theirs": theirs}, home, steps, args.profile)
         columns = [what, name]
         for key, unit in ("seconds", "s"), ("cpu", "s"), ("memory", "GiB"):
-            a, b = ([report[key] for report in side] for side in zip(*samples))
-            ratio = statistics.median(x / y for x, y in zip(a, b))
-            columns.append(f"{ratio:.2f} ({statistics.median(a):.2f} / {statistics.median(b):.2f} {unit})")
+            ratio = median(a[key] / b[key] for a, b in samples)
+            a, b = (median(report[key] for report in side) for side in zip(*samples))
+            columns.append(f"{ratio:.2f} ({a:.2f} / {b:.2f} {unit})")
         print(f"| {' | '.join(columns)} |", flush=True)
 
     def train(stage, *flags):
         return [stage, "--model", model, "--data", home / "pairs.jsonl", "--eval_data", "",
-                "--batch_size", size, "--micro_batch_size", size, "--max_steps", max_steps,
-                "--warmup_steps", 0, "--learning_rate", 1e-6, "--save_steps", 0,
-                "--dtype", args.dtype, *flags]
+                "--batch_size", args.batch_size, "--micro_batch_size", args.batch_size, "--warmup_steps", 0,
+                "--max_steps", max_steps, "--save_steps", 0, "--dtype", args.dtype, *flags]
 
     def trl(kind, ids, **options):
-        order = np.random.default_rng((0, 0)).permutation(len(ids))  # align.py's of seed 0, epoch 0
-        return run_trl, kind, model, [ids[i] for i in order], size, max_steps, args.dtype, options
+        ids = [ids[i] for i in np.random.default_rng((0, 0)).permutation(len(ids))]  # our order of seed 0
+        return run_trl, kind, model, ids, args.batch_size, max_steps, args.dtype, options
 
-    def data(shape, number=size * max_steps):
+    def data(shape, number=args.batch_size * max_steps):
         return write_data(home, tokenizer, shape, args.data, number)
 
-    print(f"{args.dtype}, {args.threads} threads, {size} pairs a step, {args.steps} steps a side\n\n"
+    print(f"{args.dtype}, {args.threads} threads, {args.batch_size} pairs a step, {args.steps} steps\n\n"
           "| ours | theirs | time | CPU | memory |\n|---|---|---|---|---|", flush=True)
     for shape in args.shapes if "align" in args.modes else []:
         theirs = trl("DPO", data(shape), precompute_ref_log_probs=True)
@@ -113,7 +107,6 @@ def ratios(args, home, model):
         compare("sft.py, natural", train("sft"), "SFTTrainer", trl("SFT", data("natural")))
 
     ids = data("natural", args.rows)
-    plain = "batches of 8 in file order"
     if "scoring" in args.modes:
         oracle = home / "oracle"
         scorer = load("SequenceClassification", model)
@@ -123,15 +116,15 @@ def ratios(args, home, model):
         ours = ["precompute_rewards", "--oracle", oracle, "--data", home / "pairs.jsonl",
                 "--micro_batch_size", 8, "--dtype", args.dtype]
         theirs = run_plain, "SequenceClassification", oracle, ids, args.dtype
-        compare("precompute_rewards.py, natural", ours, plain, theirs)
+        compare("precompute_rewards.py, natural", ours, "batches of 8 in file order", theirs)
     for number in (8, 32) if "generation" in args.modes else []:  # 32 is generate.py's default
         ours = ["generate", "--model", model, "--prompts", home / "pairs.jsonl", "--temperature", 0.7,
                 "--max_new_tokens", args.max_new_tokens, "--micro_batch_size", number, "--dtype", args.dtype]
         theirs = run_plain, "CausalLM", model, ids, args.dtype, args.max_new_tokens
-        compare(f"generate.py, {number} a batch, natural", ours, plain, theirs)
+        compare(f"generate.py, {number} a batch, natural", ours, "batches of 8 in file order", theirs)
 
 
-# ---- the parent: two sides take their steps in turn --------------------------------------------------------
+# ---- two processes, which take their steps in turn ---------------------------------------------------------
 
 def alternate(sides, home, steps, profile):
     """Lets two sides {name: (function, *arguments)} take their steps, or without `steps` whole runs, in turn.
@@ -160,32 +153,25 @@ def alternate(sides, home, steps, profile):
     return list(zip(*reports.values()))[1:]  # the first is of loading, in training of the first step too
 
 
-# ---- a worker: one side in its own process -----------------------------------------------------------------
-
 def work(pipe, log, steps, profile, run, *inputs):
-    """Runs a side's loop, its output in the file `log`; `pipe` leads to the parent."""
+    """Runs a side's loop. Its output goes to the file `log`, its reports through `pipe` to the parent."""
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    run(*inputs, gate=make_gate(pipe, steps, profile))
-
-
-def make_gate(pipe, steps, profile):
-    """A function to call between steps. It reports the step to the parent and waits for its turn."""
     profiler = torch.profiler.profile()
-    cuda = torch.cuda.is_available()
     number = 0
     start = time.perf_counter(), time.process_time()
 
     def gate():
+        """Stands between two steps: reports the step before and waits for this side's turn."""
         nonlocal number, start
-        if cuda:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         report = {"seconds": time.perf_counter() - start[0], "cpu": time.process_time() - start[1]}
         # VmHWM is this program's; ru_maxrss would hand down what the parent held when it started us
         peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-        report["memory"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else int(peak) / 2**20
-        if profile and number == 1:  # to the log
+        report["memory"] = (torch.cuda.max_memory_allocated() or int(peak) * 2**10) / 2**30
+        if profile and number == 1:
             profiler.__exit__(None, None, None)
             print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
         pipe.send(report)
@@ -197,7 +183,7 @@ def make_gate(pipe, steps, profile):
             profiler.__enter__()
         start = time.perf_counter(), time.process_time()
 
-    return gate
+    run(*inputs, gate=gate)
 
 
 def run_stage(build, stage, *flags, gate):
@@ -274,11 +260,10 @@ def run_plain(kind, folder, ids, dtype, max_new_tokens=0, gate=None):
 
 def load(kind, folder, dtype="fp32"):
     """The folder's AutoModelFor<kind>: SDPA, no dropout, one label. Training keeps its weights in fp32."""
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, num_labels=1)
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-    config.num_labels = 1
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     model = getattr(transformers, "AutoModelFor" + kind).from_pretrained(
         folder, config=config, dtype=dtype, attn_implementation="sdpa")
@@ -355,7 +340,8 @@ def growth(home, model):
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     print("\n| rows | splits.py | align.py --max_steps 1 |\n|---|---|---|")
     for number in (10_000, 100_000):
-        write_data(home, tokenizer, "TL;DR", None, number)
+        rows = random_rows(tokenizer, "TL;DR", number, extra=1)
+        (home / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         rmtree(home / "growth", ignore_errors=True)
         figures = []
         for command in (["splits.py", "--dataset", home / "pairs.jsonl", "--out", home / "data"],
@@ -373,16 +359,16 @@ def parse_args():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
     flag = parser.add_argument
-    flag("--modes", nargs="+", default=RATIOS, choices=[*RATIOS, "growth"], help="what to measure")
-    flag("--shapes", nargs="+", default=["1:1", "3:1", "11:1", "natural"],
-         choices=SHAPES, help="tokens of prompt : response (align, oracle)")
+    modes = ["align", "losses", "oracle", "sft", "scoring", "generation"]
+    flag("--modes", nargs="+", default=modes, choices=[*modes, "growth"], help="what to measure")
+    flag("--shapes", nargs="+", default=["1:1", "3:1", "11:1", "natural"], choices=SHAPES, help="of the rows")
     flag("--against_build", help="folder of other scripts to compare with, in place of TRL")
     flag("--model", help="a model folder; None: a small random OPT")
     flag("--data", help="preference JSONL for natural lengths; None: random words")
     flag("--batch_size", type=int, default=4, help="pairs a step, in one micro-batch")
     flag("--steps", type=int, default=7, help="measured steps a side, behind one of warm-up")
     flag("--rows", type=int, default=64, help="pairs to score, and prompts to answer")
-    flag("--max_new_tokens", type=int, default=32, help="of a generated response")
+    flag("--max_new_tokens", type=int, default=32, help="of a response")
     flag("--dtype", choices=["bf16", "fp32"], default="fp32", help="of the arithmetic, on both sides")
     flag("--threads", type=int, default=os.cpu_count(), help="OpenMP threads of a worker")
     flag("--profile", action="store_true", help="tell in ours.log where our first step spends its time")
