@@ -1,306 +1,169 @@
-"""Kills the stages at random moments, goes on as they say, and compares with a run left in peace.
+"""Kills the stages at random moments, starts them again, and compares with runs that were not killed.
 
-    python tests/chaos.py                                     # 30 kills a stage; minutes on two cores
-    python tests/chaos.py --stages sft align --kills 100 --seed 1
+    python tests/chaos.py                                     # 30 kills a run: an hour on two cores
+    python tests/chaos.py --runs dpo drdo --kills 7 --seed 1
 
-sft.py, oracle.py and align.py (each loss and reading) run on one process or two, with accumulation, in fp32
-and, where the processor has it, bf16. A kill is aimed at a phase, drawn evenly: import, set-up, reference,
-steps, checkpoint or saving. It strikes a random time after that phase has begun. On two processes it hits one
-rank or all processes. A dead rank must end the launcher within a minute. Each run then goes on with --resume
-if there is a checkpoint, and starts again if there is none; the other way must be refused. In the end weights
-and log lines must be equal to the last bit, but for the wall-clock figures.
+A training stage gets SIGKILL at a random time after one of four events: its start, its first log line, a new
+checkpoint, the first file of the final model. A run that left a checkpoint goes on by `--resume --out FOLDER`
+alone. One that left none is started anew. In the end weights and log must equal, bit for bit, those of the
+run that was not killed, but for the log's wall-clock figures. --resume without a checkpoint must be refused,
+and so must a fresh start in a folder that holds a checkpoint or a finished model.
 
-generate.py, precompute_rewards.py, splits.py and evaluate.py --judge are killed at any time. What they have
-written by then is whole or absent, and a further run ends with the same files.
-
-Prints the kills by phase and the most steps that one lost. Status 1 on any difference.
+generate.py and precompute_rewards.py are killed at any time and while they write. Their output must be whole
+or absent. Exit status 1 on any difference.
 """
 import argparse
-import glob
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OPENAI_API_KEY": "-"}
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-import psutil
 import torch
-from tqdm import tqdm
-
 import toy
-from conftest import ROOT, Judge, free_port
+from conftest import ROOT, free_port
 
-TRAINING = ("--data train.jsonl --eval_data validation.jsonl --batch_size 8 --micro_batch_size 2 "
-            "--max_steps 24 --warmup_steps 2 --learning_rate 1e-3 --log_steps 1 --eval_steps 9 "
-            "--save_steps 5")
-SFT, TEACH = f"sft.py --model base {TRAINING}", f"oracle.py --model base {TRAINING}"
-ALIGN = f"align.py --model base {TRAINING} --oracle_rewards rewards.pt --loss"
-BF16 = "--dtype bf16"
-RUNS = {  # stage: (its flags, its processes) in turn
-    "sft": [(SFT, 1), (SFT, 2), (f"{SFT} --gradient_checkpointing {BF16}", 1)],
-    "oracle": [(TEACH, 1), (f"{TEACH} {BF16}", 2), (f"{TEACH} --alpha 0", 1)],
-    "align": [(f"{ALIGN} dpo", 1), (f"{ALIGN} drdo {BF16}", 2), (f"{ALIGN} ipo {BF16}", 1),
-              (f"{ALIGN} edpo", 2), (f"{ALIGN} drdo --gradient_checkpointing", 1),
-              (f"{ALIGN} drdo --student_rewards logps --p_w mean", 1),
-              (f"{ALIGN} drdo --student_rewards log_ratio --unit_oracle", 1)],
-    "generate": [("generate.py --model base --prompts validation.jsonl --max_new_tokens 40 --dtype fp32", 1)],
-    "precompute_rewards": [("precompute_rewards.py --oracle oracle oracle --data train.jsonl", 1)],
-    "splits": [("splits.py --dataset raw.jsonl --prompts validation.jsonl", 1)],
-    "judge": [("evaluate.py --generations generations.jsonl --judge toy --against them", 1)],
+TRAINING = ("--model base --data train.jsonl --eval_data validation.jsonl --batch_size 8 "
+            "--micro_batch_size 2 --max_steps 15 --learning_rate 1e-3 --dtype fp32 --log_steps 1 "
+            "--eval_steps 7 --save_steps 4")
+COMMANDS = {
+    "sft": f"python sft.py {TRAINING}",
+    "oracle": f"python oracle.py {TRAINING}",
+    "dpo": f"python align.py --loss dpo {TRAINING}",
+    "drdo": f"deepspeed --num_gpus 2 align.py --loss drdo --oracle_rewards rewards.pt {TRAINING}",
+    "generate": "python generate.py --model base --prompts prompts.jsonl --max_new_tokens 8 --dtype fp32",
+    "score": "python precompute_rewards.py --oracle oracle --data train.jsonl",
 }
-TRAINERS = ["sft", "oracle", "align"]
-PHASES = ["import", "set-up", "reference", "steps", "checkpoint", "saving"]
-WALL_CLOCK = {"tokens_per_second", "peak_memory_gb"}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=RUNS, default=list(RUNS), help="(default: all)")
-    parser.add_argument("--kills", type=int, default=30, help="of each training stage; a third of any other")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--runs", nargs="+", default=COMMANDS, choices=COMMANDS, help="(default: all)")
+    parser.add_argument("--kills", type=int, default=30, help="of each run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
-    bf16 = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
-    jobs = []
-    for stage in args.stages:
-        runs = [(flags if bf16 else flags.replace(BF16, ""), n) for flags, n in RUNS[stage]]
-        kills = args.kills if stage in TRAINERS else -(-args.kills // 3)
-        for k, (flags, processes) in enumerate(runs):
-            share = kills // len(runs) + (k < kills % len(runs))
-            flags += " --dtype fp32" * (stage in TRAINERS and BF16 not in flags)
-            jobs.append((stage, flags, processes, share, random.Random(f"{args.seed} {stage} {k}")))
-    with tempfile.TemporaryDirectory() as lab, Judge(decide) as judge:
-        judge.server.handle_error = lambda *_: None  # who asked was killed
-        os.environ["OPENAI_BASE_URL"] = f"http://127.0.0.1:{judge.server.server_port}/v1"
-        prepare(lab)
-        total = sum(job[3] for job in jobs)
-        with tqdm(total=total, desc="kills", smoothing=0) as bar, ThreadPoolExecutor(2) as pool:
-            jobs.sort(key=lambda job: -job[3] * job[2])
-            reports = list(pool.map(lambda job: torment(lab, bar, *job), jobs))
-    print("| stage | kills | by phase | most steps lost | slowest end after a rank's death | differences |\n"
-          "|---|---|---|---|---|---|")
-    for stage in args.stages:
-        mine = [report for report in reports if report["stage"] == stage]
-        phases = sum((report["phases"] for report in mine), Counter())
-        faults = [fault for report in mine for fault in report["faults"]]
-        lost, slowest = (max(report[name] for report in mine) for name in ("lost", "slowest"))
-        by_phase = ", ".join(f"{name} {n}" for name, n in phases.most_common())
-        print(f"| {stage} | {phases.total()} | {by_phase} | {lost} | {slowest:.0f} s | {len(faults)} |")
-    faults = [fault for report in reports for fault in report["faults"]]
-    print(*faults, sep="\n")
-    sys.exit(1 if faults else 0)
+    failed = False
+    print("| run | kills, by the event before | differences |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        write_inputs()
+        for name in args.runs:
+            kills, differences = torment(COMMANDS[name], args.kills, random.Random(f"{args.seed} {name}"))
+            events = ", ".join(f"{event} {kills.count(event)}" for event in sorted({*kills}))
+            print(f"| {name} | {events} | {len(differences)} |", *differences, sep="\n", flush=True)
+            failed |= bool(differences)
+    sys.exit(failed)
 
 
-def prepare(lab):
-    """Everything that the stages read."""
+def write_inputs():
+    """What the stages read: a tiny LM, an Oracle, pairs, rewards."""
     tokenizer = toy.make_tokenizer()
     lm = toy.make_model(tokenizer)
     for folder in ("base", "oracle"):
-        lm.save_pretrained(f"{lab}/{folder}"), tokenizer.save_pretrained(f"{lab}/{folder}")
-        lm.score, lm.config.num_labels = torch.nn.Linear(64, 1, bias=False), 1
-    toy.write_jsonl(f"{lab}/train.jsonl", toy.make_pairs(30, 1))
-    toy.write_jsonl(f"{lab}/validation.jsonl", toy.make_pairs(12, 2))
-    toy.write_jsonl(f"{lab}/raw.jsonl", toy.make_pairs(4000, 3))
-    toy.write_jsonl(f"{lab}/generations.jsonl", [
-        {"prompt": f"p{k}", "response": f"{name} {k * k}", "temperature": 0.5, "generator": name}
-        for name in ("us", "them") for k in range(60)])
-    (Path(lab) / "ds_config.json").write_text((ROOT / "ds_config.json").read_text())
-    score = [sys.executable, ROOT / "precompute_rewards.py", "--oracle", "oracle", "--data", "train.jsonl"]
-    subprocess.run(score, cwd=lab, check=True, capture_output=True)
+        lm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        lm.score = torch.nn.Linear(lm.config.hidden_size, 1, bias=False)
+        lm.config.num_labels = 1
+    pairs = toy.make_pairs(30, seed=1)
+    toy.write_jsonl("train.jsonl", pairs)
+    toy.write_jsonl("validation.jsonl", toy.make_pairs(12, seed=2))
+    # generate.py copies other keys: the large file that it writes takes long enough to be hit
+    toy.write_jsonl("prompts.jsonl", [{"prompt": pair["prompt"], "long": "x" * 300_000} for pair in pairs])
+    Path("ds_config.json").write_text((ROOT / "ds_config.json").read_text())
+    assert start(COMMANDS["score"], "rewards.pt").wait() == 0, screen()
 
 
-def decide(a, b):
-    """A judge's answer, by the texts, which takes its time."""
-    time.sleep(0.1)
-    return "Preferred: " + ("A", "B", "tie")[(len(a) + 2 * len(b)) % 3]
+def torment(command, number, rng):
+    """Kills a command so many times: (the events before the kills, the differences found)."""
+    trains = "--max_steps" in command
+    resume = command.split(".py")[0] + ".py --resume"
+    out, kills, differences, event = Path("out"), [], [], None
+    untried = ["no checkpoint", "checkpoint", "finished"] if trains else []  # where the wrong way is refused
 
+    def differs(what):
+        differences.append(f"after {len(kills)} kills, the last after `{event}`: {what}\n{screen()[-1500:]}")
 
-class Run:
-    """A stage as a program, its output in a file."""
-    def __init__(self, lab, flags, processes, out, resume=False):
-        script, *flags = flags.split()
-        launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", processes,
-                    "--master_port", free_port()]
-        command = [*(launcher if processes > 1 else [sys.executable]), ROOT / script, *flags, "--out", out,
-                   *["--resume"] * resume]
-        self.out, self.screen = Path(lab) / out, f"{lab}/{out}.txt"
-        self.processes, self.start = processes, time.time()
-        with open(self.screen, "w") as file:
-            self.process = subprocess.Popen(list(map(str, command)), cwd=lab, stdout=file, stderr=file,
-                                            start_new_session=True)
-
-    def text(self):
-        return Path(self.screen).read_text(errors="replace")
-
-    def fresh(self, name):
-        """Whether this run, and not one before it, has written there."""
-        try:
-            return os.stat(self.out / name).st_mtime >= self.start
-        except OSError:
-            return False
-
-    def phase(self):
-        text = self.text()
-        if self.fresh("partial") or re.search("model.* tokenizer.* written", text):
-            return "saving"
-        if any(self.fresh(path) and not whole(path) for path in glob.glob(f"{self.out}/checkpoint/step*")):
-            return "checkpoint"
-        if re.search(r"(sft|oracle|align \w+): +\d+%", text):
-            return "steps"
-        if "reference:" in text:
-            return "reference"
-        return "set-up" if " processes" in text else "import"
-
-    def watch(self, until=None):
-        """Waits for the end or for a phase, whichever comes first: {phase: seconds from the start}."""
-        seen = {"import": 0.0}
-        while self.process.poll() is None:
-            seen.setdefault(self.phase(), time.time() - self.start)
-            if until in seen:
-                break
-            time.sleep(0.002)
-        return seen
-
-    def kill(self, rng):
-        """SIGKILL to one rank, after which the launcher must end by itself, or to all. Returns the seconds
-        that it took."""
-        start, workers = time.time(), []
-        if self.processes > 1 and rng.random() < 0.5:
-            with suppress(psutil.Error):  # a process may just have ended
-                workers = [child for child in psutil.Process(self.process.pid).children(recursive=True)
-                           if any("--local_rank=" in part for part in child.cmdline())]
-        if len(workers) == self.processes:
-            rng.choice(workers).kill()
-            try:
-                assert self.process.wait(60), "the launcher ended with status 0 though a rank was killed"
-                assert "-9" in self.text(), "the screen does not say why the launcher ended"
-            except subprocess.TimeoutExpired:
-                raise AssertionError("the launcher lives on a minute after a rank's death")
-            finally:
-                self.end()
-            return time.time() - start
-        self.end()
-        return 0.0
-
-    def end(self):
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def torment(lab, bar, stage, flags, processes, kills, rng):
-    """Kills one command so many times: {"stage", "phases": a Counter, "lost": steps, "slowest", "faults"}."""
-    report = {"stage": stage, "phases": Counter(), "lost": 0, "slowest": 0.0, "faults": []}
-    out = f"{stage}{abs(hash((flags, processes)))}"
-
-    def fault(what):
-        report["faults"].append(f"{flags} on {processes}: {what}\n{run.text()[-1500:]}")
-
-    run = Run(lab, flags, processes, out)
-    seen = run.watch()
-    life, wanted = time.time() - run.start, result(run.out, stage)
-    if run.process.returncode:
-        fault("fails when left in peace")
-        return report
-    remove(run.out)
-    phases = [phase for phase in PHASES if phase in seen] if stage in TRAINERS else ["import"]  # all its life
-    begins = [seen[phase] for phase in phases if phase != "checkpoint"] + [life]
-    ends = {phase: min(begin for begin in begins if begin > seen[phase]) for phase in phases}
-    killed = True
-    while report["phases"].total() < kills or killed:  # the last one ends by itself
-        resume = stage in TRAINERS and os.path.exists(f"{run.out}/checkpoint/state.pt")
-        if stage in TRAINERS and report["phases"].total() == 1 and "refused" not in report:
-            report["refused"] = True
-            run = Run(lab, flags, processes, out, not resume)
-            run.process.wait()
-            if run.process.returncode != 2 or not re.search("unfinished run|holds no checkpoint", run.text()):
-                fault("is not refused")
-        run = Run(lab, flags, processes, out, resume)
-        begun = os.path.exists(run.out) or glob.glob(f"{run.out}*partial")
-        killed = report["phases"].total() < kills and (not begun or rng.random() < 0.7)
-        if killed:
-            aim = rng.choice(phases)
-            run.watch(until=aim)
-            if aim in ("checkpoint", "saving"):  # they last some milliseconds
-                time.sleep(0.1 * rng.random() ** 3)
-            else:
-                time.sleep(rng.random() * (ends[aim] - seen[aim]))
-            killed = run.process.poll() is None
-        if killed:
-            phase = run.phase() if stage in TRAINERS else "any"
-            try:
-                report["slowest"] = max(report["slowest"], run.kill(rng))
-            except AssertionError as error:
-                fault(error)
-            report["phases"][phase] += 1
-            report["lost"] = max(report["lost"], lost(run.out))
-            bar.update()
-            difference = stage not in TRAINERS and differences(wanted, result(run.out, stage), whole=False)
+    process = start(command, out)
+    assert process.wait() == 0, screen()
+    life = time.time() - process.started
+    seconds = {"start": life, "step": life / 4, "checkpoint": 0.1, "model": 0.05, "file": 0.0005}  # at most
+    wanted = result(out)
+    while True:
+        if (out / "checkpoint/latest").exists():
+            state = "checkpoint"
         else:
-            run.watch()
-            difference = differences(wanted, result(run.out, stage)) or run.process.returncode
-        if difference:
-            fault(f"after {sum(report['phases'].values())} kills: {difference}")
-        if difference or not killed:
-            remove(run.out)
-    return report
+            state = "finished" if out.is_file() or (out / "config.json").exists() else "no checkpoint"
+        if state in untried:
+            untried.remove(state)
+            wrong = start(resume if state == "no checkpoint" else command, out)
+            if wrong.wait() != 2 or "error: " not in screen():
+                differs(f"{state}, and the wrong way on is not refused")
+        if state == "finished":
+            got = result(out)
+            if got != wanted:
+                differs(f"other {[name for name in wanted | got if wanted.get(name) != got.get(name)]}")
+            rmtree(out) if trains else out.unlink()
+            if len(kills) == number:
+                return kills, differences
+
+        process = start(resume if state == "checkpoint" else command, out)
+        event = rng.choice(["start", "step", "checkpoint", "model"] if trains else ["start", "file"])
+        if len(kills) < number and kill(process, out, event, rng.random() * seconds[event]):
+            kills.append(event)
+        elif process.wait() or (out / "checkpoint").exists():
+            differs(f"the run ends with status {process.returncode} or leaves a checkpoint")
+            rmtree(out, ignore_errors=True)
 
 
-def whole(step):
-    """Whether state.pt, which is written last, is newer than this folder of a checkpoint."""
-    try:
-        return os.stat(Path(step).parent / "state.pt").st_mtime >= os.stat(step).st_mtime
-    except OSError:
-        return False
+def start(command, out):
+    """Starts a stage as a program, in a process group of its own. It prints to screen.txt."""
+    launcher, *words = command.split()
+    port = ["--master_port", free_port()] if launcher == "deepspeed" else []
+    words = [ROOT / word if word.endswith(".py") else word for word in words]
+    line = [Path(sys.executable).parent / launcher, *port, *words, "--out", out]
+    with open("screen.txt", "w") as file:
+        process = subprocess.Popen(list(map(str, line)), stdout=file, stderr=file, start_new_session=True)
+    process.started = time.time()
+    return process
 
 
-def remove(out):
-    for path in glob.glob(f"{out}*"):
-        if not path.endswith(".txt"):
-            rmtree(path) if os.path.isdir(path) else os.remove(path)
+def kill(process, out, event, seconds):
+    """Kills a stage so long after an event. False if it ends before."""
+    files = {"start": "base", "step": f"{out}/log.jsonl", "checkpoint": f"{out}/checkpoint/*/*",
+             "model": f"{out}/config.json", "file": f"{out}*"}[event]
+    begun = event == "start"
+    while not begun and process.poll() is None:
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            begun = any(path.stat().st_mtime > process.started for path in Path().glob(files))
+        time.sleep(0.0001)
+    if begun:
+        time.sleep(seconds)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+    return process.wait() == -signal.SIGKILL
 
 
-def lost(out):
-    """The steps in the log that a run which goes on has to do again."""
-    steps = [path for path in glob.glob(f"{out}/checkpoint/step*") if whole(path)]
-    saved = [int(path.rsplit("step", 1)[1]) for path in steps]
-    try:
-        reached = [json.loads(line)["step"] for line in open(out / "log.jsonl")]
-    except (OSError, ValueError):
-        reached = []
-    return 0 if (out / "model.safetensors").exists() else max(reached, default=0) - max(saved, default=0)
+def result(out):
+    """{file: its bytes} of what a command has written, {"log.jsonl": its lines without the wall clock's}."""
+    paths = [path for path in [out, *out.glob("*")] if path.is_file() and path.name != "args.json"]
+    files = {path.name: path.read_bytes() for path in paths}
+    if "log.jsonl" in files:
+        files["log.jsonl"] = [json.loads(line) for line in files["log.jsonl"].splitlines()]
+        for line in files["log.jsonl"]:
+            line.pop("tokens_per_second", None)
+    return files
 
 
-def result(out, stage):
-    """{file: its bytes} of what a stage has written; of a log its lines, without the wall clock's figures."""
-    files = [out] if out.is_file() else sorted(path for path in out.rglob("*") if path.is_file())
-    held = {}
-    for path in files:
-        if path.name == "log.jsonl":
-            lines = [json.loads(line) for line in path.read_text().splitlines()] if stage in TRAINERS else []
-            held[path.name] = [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
-        elif path.name == "verdicts.jsonl":  # in the order of the answers; a kill may have cut a line off
-            held[path.name] = sorted(re.findall(r'^{"key": "(\w+)".*}$', path.read_text(), re.MULTILINE))
-        elif path.name != "args.json" and not path.name.endswith(".partial"):
-            held[str(path.relative_to(out))] = path.read_bytes()
-    return held
-
-
-def differences(wanted, got, whole=True):
-    """The files that differ, or are missing where all should be there. A judge's answers come one by one."""
-    return [name for name in wanted | got if wanted.get(name) != got.get(name)
-            and (whole or name in got and name != "verdicts.jsonl")]
+def screen():
+    return Path("screen.txt").read_text()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Runs the lines of PAPER.md as they stand, at small size, from the data to each table and figure.
+"""Runs the commands of PAPER.md at small size, from the data to each table and figure.
 
-The hub's sets and models are files and tiny models of the same names. A stage trains for two steps on a few
-rows. The chat model is a server here that prefers the longer answer. The figures of the tables are computed
-again, from the generations and rewards alone.
+Files and tiny models stand under the names of the hub's datasets and models. A stage trains for two steps on
+a few rows. The judge is a local server that prefers the longer answer. The values in the tables are computed
+again from the generations and rewards alone.
 
     python tests/paper.py       # some minutes
 
-Not run: the package alpaca_eval (tests/test_evaluate.py has it; its verdicts are made up here), the lines for
-several machines, those of Table 5, which fetch data, UltraFeedback's with Phi-3-mini, and the Python.
+Not run: the package alpaca_eval (tests/test_evaluate.py runs it; its verdicts are made up here), the
+commands for several machines, those of Table 5, which fetch data, UltraFeedback's with Phi-3-mini, and the
+Python code.
 """
 import json
 import os
@@ -71,51 +72,58 @@ def main():
 
 
 def make_hub():
-    """Files and tiny models under the names of the hub's."""
-    def message(role, text):
-        return {"role": role, "content": text}
-
-    sets = {
-        "argilla/ultrafeedback-binarized-preferences-cleaned": [
-            {"prompt": row["prompt"], "chosen-rating": row["confidence"] + 1.0, "rejected-rating": 1.0,
-             **{key: [message("user", row["prompt"]), message("assistant", row[key])]
-                for key in ("chosen", "rejected")}} for row in toy.make_pairs(60, 1)],
-        "openai/summarize_from_feedback": [row | {"split": "valid1" if i % 8 == 0 else "train"}
-                                           for i, row in enumerate(toy.make_comparisons(80, 2))],
-        "CarperAI/openai_summarize_tldr": toy.make_sft(40, 3),
-        "abisee/cnn_dailymail": toy.make_articles(6, 4),
-        "tatsu-lab/alpaca_eval": [{"instruction": row["prompt"], "output": row["label"], "dataset": "toy",
-                                   "generator": "text_davinci_003"} for row in toy.make_posts(5, 5)]}
-    for name, rows in sets.items():
+    """Files and tiny models under the names of the hub's datasets and models."""
+    ultrafeedback = []
+    for row in toy.make_pairs(60, 1):
+        question = {"role": "user", "content": row["prompt"]}
+        ultrafeedback.append({
+            "prompt": row["prompt"], "chosen-rating": row["confidence"] + 1.0, "rejected-rating": 1.0,
+            "chosen": [question, {"role": "assistant", "content": row["chosen"]}],
+            "rejected": [question, {"role": "assistant", "content": row["rejected"]}]})
+    comparisons = toy.make_comparisons(80, 2)
+    for i, row in enumerate(comparisons):
+        row["split"] = "valid1" if i % 8 == 0 else "train"
+    alpaca = [{"instruction": row["prompt"], "output": row["label"], "dataset": "toy",
+               "generator": "text_davinci_003"} for row in toy.make_posts(5, 5)]
+    datasets = {"argilla/ultrafeedback-binarized-preferences-cleaned": ultrafeedback,
+                "openai/summarize_from_feedback": comparisons,
+                "CarperAI/openai_summarize_tldr": toy.make_sft(40, 3),
+                "abisee/cnn_dailymail": toy.make_articles(6, 4),
+                "tatsu-lab/alpaca_eval": alpaca}
+    for name, rows in datasets.items():
         os.makedirs(os.path.dirname(name), exist_ok=True)
         toy.write_jsonl(name, rows)
+
     tokenizer = toy.make_tokenizer()
-    common = dict(vocab_size=len(tokenizer), num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
-                  max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id,
-                  eos_token_id=tokenizer.eos_token_id)
-    models = {f"facebook/opt-{size}": ("opt", dict(hidden_size=width, word_embed_proj_dim=width,
-                                                   ffn_dim=width))
-              for size, width in (("125m", 8), ("350m", 16), ("1.3b", 24), ("2.7b", 32))}
-    models["microsoft/Phi-3-mini-4k-instruct"] = "phi3", dict(hidden_size=16, intermediate_size=16,
-                                                              num_key_value_heads=2)
-    for name, (family, sizes) in models.items():
-        if family == "phi3":
-            tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **common, **sizes)
-        AutoModelForCausalLM.from_config(config).save_pretrained(name)
-        tokenizer.save_pretrained(name)
+    for size, width in (("125m", 8), ("350m", 16), ("1.3b", 24), ("2.7b", 32)):
+        make_model(f"facebook/opt-{size}", tokenizer, "opt", hidden_size=width, word_embed_proj_dim=width,
+                   ffn_dim=width)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    make_model("microsoft/Phi-3-mini-4k-instruct", tokenizer, "phi3", hidden_size=16, intermediate_size=16,
+               num_key_value_heads=2)
     copy(ROOT / "ds_config.json", ".")
-    os.mkfifo("request"), os.mkfifo("reply")
+    os.mkfifo("request")
+    os.mkfifo("reply")
+
+
+def make_model(folder, tokenizer, family, **sizes):
+    """A random model of one layer, with its tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=512, pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def block(start):
-    """The block of code that begins with this."""
+    """The block of code in PAPER.md that begins with this."""
     return next(code for code in re.findall(r"```\n(.*?)```", TEXT, re.DOTALL) if code.startswith(start))
 
 
 def shell(code, bar):
-    """Runs lines of bash. Each `deepspeed x.py` or `python x.py` in them is a forked process, small."""
+    """Runs bash commands. Each `deepspeed x.py` or `python x.py` in them runs as a forked process, small."""
     with subprocess.Popen(["bash", "-c", SHELL + code]) as bash:
         while (request := Path("request").read_bytes()) != b"end":
             script, *flags = request.decode().split("\0")[:-1]
@@ -129,8 +137,7 @@ def shell(code, bar):
     assert not bash.returncode, code
 
 
-# ---- each table and figure, computed again -----------------------------------------------------------------
-
+# ---- each value of the tables and figures, computed again --------------------------------------------------
 
 def rows_of(path):
     return [json.loads(line) for line in open(path)]
@@ -139,55 +146,70 @@ def rows_of(path):
 def answers(policy, name="generations.jsonl", score=None):
     """{(prompt, temperature): score of its row}; without `score` the Oracle's reward."""
     rows = rows_of(f"out/{policy}/{name}")
-    scores = list(map(score, rows)) if score else torch.load(
-        f"out/{policy}/rewards.pt", weights_only=True)["response"][0].tolist()
+    if score:
+        scores = [score(row) for row in rows]
+    else:
+        scores = torch.load(f"out/{policy}/rewards.pt", weights_only=True)["response"][0].tolist()
     return {(json.dumps(row["prompt"]), row["temperature"]): value for row, value in zip(rows, scores)}
 
 
-def rate(ours, theirs):
-    """The win rate; a tie counts half."""
+def win_rate(ours, theirs):
+    """The share of wins of ours; a tie counts half."""
     return sum((ours[key] > theirs[key]) + 0.5 * (ours[key] == theirs[key]) for key in ours) / len(ours)
+
+
+def length(row):
+    return len(row["response"].strip())
+
+
+def reference_length(row):
+    return len(row["reference"].strip())
+
+
+def expected_values():
+    """{(table, policy, opponent, group): (name of the value, the value)} from generations and rewards."""
+    expected = {}
+    methods = ["drdo", "dpo", "edpo"]
+    for size, policy, opponent in product(["125m", "350m", "1.3b", "2.7b"], methods, ["sft", "dpo"]):
+        if policy != opponent:
+            rate = win_rate(answers(f"opt-{size}/{policy}"), answers(f"opt-{size}/{opponent}"))
+            expected["table2", policy, opponent, f"folder out/opt-{size}"] = "win_rate", rate
+    start = answers("sft")
+    for split, policy in product(["all", "hc_he", "lc_le"], methods):
+        group = f"folder out/{split}"
+        rewards = answers(f"{split}/{policy}")
+        difference = sum(rewards[key] - start[key] for key in rewards) / len(rewards)
+        expected["figure3", policy, "out/sft", group] = "reward_difference", difference
+        ours = answers(f"{split}/{policy}", "t0.7.jsonl", length)
+        references = answers(f"{split}/{policy}", "t0.7.jsonl", reference_length)
+        expected["table1", policy, "reference", group] = "win_rate", win_rate(ours, references)
+        if policy != "dpo":
+            theirs = answers(f"{split}/dpo", "t0.7.jsonl", length)
+            expected["table1", policy, "dpo", group] = "win_rate", win_rate(ours, theirs)
+    expected["alpaca", "drdo", "dpo", "all"] = "win_rate", 2 / 3
+    rate = win_rate(answers("drdo", "alpaca.jsonl", length), answers("dpo", "alpaca.jsonl", length))
+    expected["table3", "out/drdo", "out/dpo", "all"] = "win_rate", rate
+    pairs = rows_of("data/all/validation.jsonl")
+    saved = torch.load("validation.pt", weights_only=True)
+    lengths, rewards = {}, {}
+    for key in ("chosen", "rejected"):
+        lengths[key] = dict(enumerate(len(row[key].strip()) for row in pairs))
+        rewards[key] = dict(enumerate(saved[key][0].tolist()))
+    rate = win_rate(lengths["chosen"], lengths["rejected"])
+    expected["judge_check", "chosen", "rejected", "all"] = "win_rate", rate
+    rate = win_rate(rewards["chosen"], rewards["rejected"])
+    expected["oracle_check", "chosen", "rejected", "all"] = "win_rate", rate
+    return expected
 
 
 def check():
     """Fails where a table or a figure is not what the generations and rewards say."""
-    def length(row):
-        return len(row["response"].strip())
-
-    def reference(row):
-        return len(row["reference"].strip())
-
-    expected, methods = {}, ("drdo", "dpo", "edpo")
-    for size, (policy, other) in product(("125m", "350m", "1.3b", "2.7b"), product(methods, ("sft", "dpo"))):
-        if policy != other:
-            expected["table2", policy, other, f"folder out/opt-{size}"] = "win_rate", rate(
-                answers(f"opt-{size}/{policy}"), answers(f"opt-{size}/{other}"))
-    for split, policy in product(("all", "hc_he", "lc_le"), methods):
-        ours, name = answers(f"{split}/{policy}"), "t0.7.jsonl"
-        start = answers("sft")
-        expected["figure3", policy, "out/sft", f"folder out/{split}"] = "reward_difference", sum(
-            ours[key] - start[key] for key in ours) / len(ours)
-        texts = answers(f"{split}/{policy}", name, length)
-        expected["table1", policy, "reference", f"folder out/{split}"] = "win_rate", rate(
-            texts, answers(f"{split}/{policy}", name, reference))
-        if policy != "dpo":
-            expected["table1", policy, "dpo", f"folder out/{split}"] = "win_rate", rate(
-                texts, answers(f"{split}/dpo", name, length))
-    expected["alpaca", "drdo", "dpo", "all"] = "win_rate", 2 / 3
-    expected["table3", "out/drdo", "out/dpo", "all"] = "win_rate", rate(
-        *(answers(policy, "alpaca.jsonl", length) for policy in ("drdo", "dpo")))
-    pairs = rows_of("data/all/validation.jsonl")
-    chosen, rejected = ({i: len(row[key].strip()) for i, row in enumerate(pairs)}
-                        for key in ("chosen", "rejected"))
-    expected["judge_check", "chosen", "rejected", "all"] = "win_rate", rate(chosen, rejected)
-    saved = torch.load("validation.pt", weights_only=True)
-    expected["oracle_check", "chosen", "rejected", "all"] = "win_rate", rate(
-        *(dict(enumerate(saved[key][0].tolist())) for key in ("chosen", "rejected")))
-
-    for (table, policy, opponent, group), (name, value) in expected.items():
+    expected = expected_values()
+    for key, (name, value) in expected.items():
+        table, *comparison = key
         found = [record[name] for record in json.load(open(f"out/{table}/evaluation.json"))["comparisons"]
-                 if (record["policy"], record["opponent"], record["group"]) == (policy, opponent, group)]
-        assert found and abs(found[-1] - value) < 1e-5, (table, policy, opponent, group, name, value, found)
+                 if [record["policy"], record["opponent"], record["group"]] == comparison]
+        assert found and abs(found[-1] - value) < 1e-5, (key, name, value, found)
     outputs = [row["output"] for row in json.load(open("out/alpaca/out_drdo_outputs.json"))]
     assert outputs == [row["response"].strip() for row in rows_of("out/drdo/alpaca.jsonl")]
     assert sum(value in (0, 0.5) for _, value in expected.values()) < 16, "the policies do not differ"
@@ -195,7 +217,7 @@ def check():
     for picture in pictures:
         image = matplotlib.image.imread(picture)[..., :3]
         assert (image.max(2) - image.min(2)).max() > 0.3, f"{picture} has no line"  # the axes are grey
-    print(f"{len(expected)} figures of tables are right, {len(pictures)} pictures are drawn")
+    print(f"{len(expected)} values of tables are right, {len(pictures)} pictures are drawn")
 
 
 if __name__ == "__main__":
