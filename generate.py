@@ -219,8 +219,8 @@ def check_template(tokenizer, ends):
     own = tokenizer(template_of(tokenizer), add_special_tokens=False).input_ids
     assert prompt + response == own, "the stages read other tokens than its chat template writes"
     year = time.strftime("%Y")
-    if dist.get_rank() == 0 and year in template_of(tokenizer) and year not in tokenizer.chat_template:
-        print("the chat template writes the day's date: on another day the same prompts are other tokens")
+    if year in template_of(tokenizer) and year not in tokenizer.chat_template:
+        say("the chat template writes the day's date: on another day the same prompts are other tokens")
     control = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     found = [id for id in response if id in ends] + [id for id in response if id in control]
     return found[0] if found else tokenizer.eos_token_id
@@ -248,9 +248,14 @@ def init_process(args):
     deepspeed.init_distributed(verbose=False)
     if args.dtype == "auto":
         args.dtype = "bf16" if has_bf16 else "fp32"
-    if dist.get_rank() == 0:
-        print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
+    say(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
     return device
+
+
+def say(message):
+    """Prints a line once, however many processes run."""
+    if dist.get_rank() == 0:
+        print(message)
 
 
 def fail(message):

@@ -167,7 +167,9 @@ class Rows:
     def __init__(self, path, keys, tokenizer, lm, max_length, limit=0, whole_turn=False):
         max_length = min(max_length, getattr(lm.config, "max_position_embeddings", None) or math.inf)
         end = None if whole_turn else lm.generation_config.eos_token_id[0]
-        number, num_apart, lines, lengths, flat = 0, 0, [], [], array("i")
+        flat = array("i")
+        number = num_apart = 0
+        lines, lengths = [], []
         with open(path, "rb") as file:
             bar = tqdm(islice(file, limit or None), "tokenising", unit=" rows", disable=dist.get_rank() > 0)
             for number, line in enumerate(bar, 1):
@@ -185,11 +187,8 @@ class Rows:
                         flat.extend(part)
         if not lines:
             fail(f"{path}: none of {number} rows fits in --max_length {max_length} or the model's positions")
-        if dist.get_rank() == 0:
-            print(f"{path}: {len(lines)} rows, {number - len(lines)} over --max_length {max_length} dropped")
-            if num_apart:
-                print(f"{path}: in {num_apart} rows the responses are tokenised apart from the prompt, as a "
-                      "token would span the border")
+        say(f"{path}: {len(lines)} rows, {number - len(lines)} over --max_length {max_length} dropped; "
+            f"{num_apart} tokenised apart from their prompt, as a token would span the border")
         self.ids = np.frombuffer(flat, np.int32)
         self.lines = np.array(lines)
         self.lengths = np.array(lengths)
@@ -285,8 +284,8 @@ def check_template(tokenizer, ends):
     own = tokenizer(template_of(tokenizer), add_special_tokens=False).input_ids
     assert prompt + response == own, "the stages read other tokens than its chat template writes"
     year = time.strftime("%Y")
-    if dist.get_rank() == 0 and year in template_of(tokenizer) and year not in tokenizer.chat_template:
-        print("the chat template writes the day's date: on another day the same prompts are other tokens")
+    if year in template_of(tokenizer) and year not in tokenizer.chat_template:
+        say("the chat template writes the day's date: on another day the same prompts are other tokens")
     control = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     found = [id for id in response if id in ends] + [id for id in response if id in control]
     return found[0] if found else tokenizer.eos_token_id
@@ -307,11 +306,8 @@ def plan_steps(row_tokens, args):
     args.max_steps = args.max_steps or max(1, int(args.epochs * num_rows / size))
     if args.warmup_steps is None:
         args.warmup_steps = min(100, args.max_steps // 10)
-    epochs = args.max_steps * size / num_rows
-    if dist.get_rank() == 0:
-        print(f"{args.max_steps} steps of {size}: {epochs:.2f} epochs, {args.warmup_steps} of warm-up")
-        if epochs > 10:
-            print("warning: a run of over 10 epochs memorises its data; lower --max_steps")
+    say(f"{args.max_steps} steps of {size}: {args.max_steps * size / num_rows:.2f} epochs, "
+        f"{args.warmup_steps} steps of warm-up")
     per_epoch = num_rows // size  # steps
     steps = []
     for step in range(args.max_steps):
@@ -404,7 +400,7 @@ def start_run(engine, args, *splits):
                 json.dump(vars(args) | {"data_sha256": sha256}, file, indent=2)
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.truncate(state["log_size"])
-        print(f"{args.out}: from step {state['step']}")
+    say(f"{args.out}: from step {state['step']}")
     return state
 
 
@@ -452,7 +448,7 @@ def save_model(lm, tokenizer, folder):
         if os.path.exists(f"{folder}/checkpoint"):
             os.remove(f"{folder}/checkpoint/latest")  # first: without it the rest is no checkpoint
             shutil.rmtree(f"{folder}/checkpoint")
-        print(f"{folder}: model and tokenizer written")
+    say(f"{folder}: model and tokenizer written")
 
 
 def init_process(args):
@@ -477,9 +473,14 @@ def init_process(args):
     deepspeed.init_distributed(verbose=False)
     if args.dtype == "auto":
         args.dtype = "bf16" if has_bf16 else "fp32"
-    if dist.get_rank() == 0:
-        print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
+    say(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
     return device
+
+
+def say(message):
+    """Prints a line once, however many processes run."""
+    if dist.get_rank() == 0:
+        print(message)
 
 
 def fail(message):
@@ -541,7 +542,7 @@ def parse_args():
     flag("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices only")
     flag("--warmup_steps", type=int, help="linear warm-up; None: a tenth of the run, at most 100")
     flag("--max_steps", type=int, help="optimizer steps; None: what --epochs takes")
-    flag("--epochs", type=float, default=1.0, help="passes over the data; --max_steps overrides it")
+    flag("--epochs", type=float, default=1.0, help="passes over the data, without --max_steps")
     flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
     flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, offloading, gradient clipping")
