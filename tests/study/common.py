@@ -69,154 +69,6 @@ def setting(labels=0.0, split="all", oracle="learned", pairs=0, steps=0, methods
     return locals()
 
 
-# ---- verdicts ----------------------------------------------------------------------------------------------
-
-def interval(by_seed):
-    """[mean, low, high] of arrays over prompts, one a seed. The interval is 95%: Student's t of the seeds'
-    means; of one seed, over its prompts. (A bootstrap of five seeds is too narrow by a third.)"""
-    values = by_seed[0]
-    if len(by_seed) > 1:
-        values = np.array([seed.mean() for seed in by_seed])
-    n = len(values)
-    mean = float(values.mean())
-    if n < 2:
-        return [mean]
-    student_t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5%
-    half = student_t.get(n, 2.23 if n < 30 else 1.96) * float(values.std(ddof=1)) / n ** 0.5
-    return [mean, mean - half, mean + half]
-
-
-def wins(ours, theirs, by="true"):
-    """Of each prompt 1, 0.5 or 0: our reward is above, equal to or below theirs. ours, theirs: of read()."""
-    assert (ours["prompt"] == theirs["prompt"]).all()
-    return (np.sign(ours[by] - theirs[by]) + 1) / 2
-
-
-def best(rates):
-    """The choosing rule: of {hyperparameters: win rates} those with the highest mean."""
-    return max(rates, key=lambda hyperparameters: np.mean(rates[hyperparameters]))
-
-
-def judge(task, setting, homes):
-    """{method: {figure: [mean, low, high], "seeds", "by_seed": {figure: list}}} of policies that are there.
-
-    "against <method>/<domain>" is a win rate by the true reward. "by the Oracle/<domain>" is one against the
-    start, by the Oracle that learned from the setting's labels: it has taught some of the methods."""
-    policies = {}
-    for method in [task.START, *setting["methods"]]:
-        found = {home: read(task, home, setting, method) for home in homes}
-        policies[method] = {home: answers for home, answers in found.items() if answers}
-    figures = {}
-    for method, ours in policies.items():
-        values = {}  # {figure: an array a seed}
-        for home, answers in ours.items():
-            others = {name: by_home[home] for name, by_home in policies.items() if home in by_home}
-            row = measures(task, method, answers, others)
-            if method == task.START:
-                row |= oracle_quality(task, home, setting)
-            for name, value in row.items():
-                values.setdefault(name, []).append(value)
-        if ours:
-            figures[method] = {name: interval(by_seed) for name, by_seed in values.items()} | {
-                "seeds": [int(home.rpartition("seed")[2]) for home in ours],
-                "by_seed": {name: [float(v.mean()) for v in by_seed] for name, by_seed in values.items()}}
-    return figures
-
-
-def read(task, home, setting, method, hyperparameters=None):
-    """What is known of a policy's answers, {name: array}; None where the policy is not there."""
-    folder, rewards = answers_of(task, home, setting, method, hyperparameters)
-    if not os.path.exists(rewards):
-        return None
-    rows = read_rows(f"{folder}/generations.jsonl")
-    answers = {
-        "prompt": np.array([json.dumps(row["prompt"]) for row in rows]),
-        "dataset": np.array([row["dataset"] for row in rows]),
-        "true": np.array([task.true_reward(row) for row in rows]),
-        "oracle": torch.load(rewards, weights_only=True)["response"][0].numpy(),
-        "tokens": np.array([row["tokens"] for row in rows], float),
-        "eos": np.array([row["eos"] for row in rows], float)}
-    if METHODS.get(method, ("",))[0]:  # align.py trained it
-        last = read_rows(f"{folder}/log.jsonl")[-1]
-        for name in ("logps/chosen", "logps/rejected"):
-            answers[name] = np.array([last[name]])
-    return answers | task.measure(folder, rows)
-
-
-def measures(task, method, answers, others):
-    """{figure: array} of one policy's answers on one seed. others: {method: its answers}."""
-    values = {}
-    for domain, datasets in task.DOMAINS.items():
-        here = np.isin(answers["dataset"], datasets)
-        for name in task.COLUMNS:
-            if name in ("true", "once", "tokens", "eos"):  # a figure a prompt
-                values[f"{name}/{domain}"] = answers[name][here]
-            elif name in answers:
-                values[name] = answers[name]
-        for other, theirs in others.items():
-            if other != method:
-                values[f"against {other}/{domain}"] = wins(answers, theirs)[here]
-        if method != task.START and task.START in others:
-            values[f"by the Oracle/{domain}"] = wins(answers, others[task.START], "oracle")[here]
-    return values
-
-
-def oracle_quality(task, home, setting):
-    """How often an Oracle prefers the truly better response of the policies' pairs, whose labels it may have
-    learned, and the standard deviation of its differences."""
-    _, data, rewards = places(home, setting)
-    if not os.path.exists(rewards):
-        return {}
-    saved = torch.load(rewards, weights_only=True)
-    margins = (saved["chosen"] - saved["rejected"])[0].numpy()
-    truth = true_rewards(task, data)
-    gaps = truth["chosen"] - truth["rejected"]
-    right = (margins > 0) == (gaps > 0)
-    return {"Oracle right": right[gaps != 0].mean(keepdims=True),
-            "Oracle's spread": margins.std(ddof=1, keepdims=True)}
-
-
-def report(task, args, results):
-    """Prints a table a setting and writes results.json. results: {setting: judge()'s figures}."""
-    for name, figures in results.items():
-        print("\n## {}: labels {labels}, {split}, Oracle {oracle}, {pairs} pairs, {steps} steps; {}\n".format(
-            name, " / ".join(task.DOMAINS), **task.SETTINGS[name]))
-        for figure in ("Oracle right", "Oracle's spread"):
-            values = figures[task.START]["by_seed"].get(figure, [])
-            print(f"{figure}, by seed:", ", ".join(f"{value:.2f}" for value in values))
-        opponents = [other for other in (task.START, "DPO", "e-DPO", "e-DPO (Oracle)") if other in figures]
-        columns = [f"against {other}" for other in opponents] + ["by the Oracle", *task.COLUMNS]
-        print_title("method", "seeds", *columns)
-        for method, row in figures.items():
-            seeds = ", ".join(map(str, row["seeds"]))
-            print_row(method, seeds, *(show(task, row, column) for column in columns))
-    os.makedirs(args.out, exist_ok=True)
-    write_jsonl(f"{args.out}/results.json", [results])
-    print(f"\nwrote {args.out}/results.json")
-
-
-def show(task, row, column):
-    """A figure, in each domain if it has domains. Win rates come with their interval."""
-    texts = []
-    for name in (column, *(f"{column}/{domain}" for domain in task.DOMAINS)):
-        if name in row:
-            mean, *bounds = row[name]
-            text = f"{mean:.2f}"
-            if bounds and column.startswith(("against ", "by the Oracle")):
-                text += " [{:.2f}, {:.2f}]".format(*np.clip(bounds, 0, 1))
-            texts.append(text)
-    return " / ".join(texts)
-
-
-def print_title(*texts):
-    print_row(*texts)
-    print("|" + "---|" * len(texts))
-
-
-def print_row(*texts):
-    print(f"| {' | '.join(texts)} |")
-
-
 # ---- training ----------------------------------------------------------------------------------------------
 
 def train(task, args, settings, grid):
@@ -331,6 +183,113 @@ def save_true_rewards(task, data, out):
     os.replace(f"{out}.partial", out)
 
 
+# ---- verdicts ----------------------------------------------------------------------------------------------
+
+def interval(by_seed):
+    """[mean, low, high] of arrays over prompts, one a seed. The interval is 95%: Student's t of the seeds'
+    means; of one seed, over its prompts. (A bootstrap of five seeds is too narrow by a third.)"""
+    values = by_seed[0]
+    if len(by_seed) > 1:
+        values = np.array([seed.mean() for seed in by_seed])
+    n = len(values)
+    mean = float(values.mean())
+    if n < 2:
+        return [mean]
+    student_t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5%
+    half = student_t.get(n, 2.23 if n < 30 else 1.96) * float(values.std(ddof=1)) / n ** 0.5
+    return [mean, mean - half, mean + half]
+
+
+def wins(ours, theirs, by="true"):
+    """Of each prompt 1, 0.5 or 0: our reward is above, equal to or below theirs. ours, theirs: of read()."""
+    assert (ours["prompt"] == theirs["prompt"]).all()
+    return (np.sign(ours[by] - theirs[by]) + 1) / 2
+
+
+def best(rates):
+    """The choosing rule: of {hyperparameters: win rates} those with the highest mean."""
+    return max(rates, key=lambda hyperparameters: np.mean(rates[hyperparameters]))
+
+
+def judge(task, setting, homes):
+    """{method: {figure: [mean, low, high], "seeds", "by_seed": {figure: list}}} of policies that are there.
+
+    "against <method>/<domain>" is a win rate by the true reward. "by the Oracle/<domain>" is one against the
+    start, by the Oracle that learned from the setting's labels: it has taught some of the methods."""
+    policies = {}
+    for method in [task.START, *setting["methods"]]:
+        found = {home: read(task, home, setting, method) for home in homes}
+        policies[method] = {home: answers for home, answers in found.items() if answers}
+    figures = {}
+    for method, ours in policies.items():
+        values = {}  # {figure: an array a seed}
+        for home, answers in ours.items():
+            others = {name: by_home[home] for name, by_home in policies.items() if home in by_home}
+            row = measures(task, method, answers, others)
+            if method == task.START:
+                row |= oracle_quality(task, home, setting)
+            for name, value in row.items():
+                values.setdefault(name, []).append(value)
+        if ours:
+            figures[method] = {name: interval(by_seed) for name, by_seed in values.items()} | {
+                "seeds": [int(home.rpartition("seed")[2]) for home in ours],
+                "by_seed": {name: [float(v.mean()) for v in by_seed] for name, by_seed in values.items()}}
+    return figures
+
+
+def read(task, home, setting, method, hyperparameters=None):
+    """What is known of a policy's answers, {name: array}; None where the policy is not there."""
+    folder, rewards = answers_of(task, home, setting, method, hyperparameters)
+    if not os.path.exists(rewards):
+        return None
+    rows = read_rows(f"{folder}/generations.jsonl")
+    answers = {
+        "prompt": np.array([json.dumps(row["prompt"]) for row in rows]),
+        "dataset": np.array([row["dataset"] for row in rows]),
+        "true": np.array([task.true_reward(row) for row in rows]),
+        "oracle": torch.load(rewards, weights_only=True)["response"][0].numpy(),
+        "tokens": np.array([row["tokens"] for row in rows], float),
+        "eos": np.array([row["eos"] for row in rows], float)}
+    if METHODS.get(base(method), ("",))[0]:  # align.py trained it
+        last = read_rows(f"{folder}/log.jsonl")[-1]
+        for name in ("logps/chosen", "logps/rejected"):
+            answers[name] = np.array([last[name]])
+    return answers | task.measure(folder, rows)
+
+
+def measures(task, method, answers, others):
+    """{figure: array} of one policy's answers on one seed. others: {method: its answers}."""
+    values = {}
+    for domain, datasets in task.DOMAINS.items():
+        here = np.isin(answers["dataset"], datasets)
+        for name in task.COLUMNS:
+            if name in ("true", "once", "tokens", "eos"):  # a figure a prompt
+                values[f"{name}/{domain}"] = answers[name][here]
+            elif name in answers:
+                values[name] = answers[name]
+        for other, theirs in others.items():
+            if other != method:
+                values[f"against {other}/{domain}"] = wins(answers, theirs)[here]
+        if method != task.START and task.START in others:
+            values[f"by the Oracle/{domain}"] = wins(answers, others[task.START], "oracle")[here]
+    return values
+
+
+def oracle_quality(task, home, setting):
+    """How often an Oracle prefers the truly better response of the policies' pairs, whose labels it may have
+    learned, and the standard deviation of its differences."""
+    _, data, rewards = places(home, setting)
+    if not os.path.exists(rewards):
+        return {}
+    saved = torch.load(rewards, weights_only=True)
+    margins = (saved["chosen"] - saved["rejected"])[0].numpy()
+    truth = true_rewards(task, data)
+    gaps = truth["chosen"] - truth["rejected"]
+    right = (margins > 0) == (gaps > 0)
+    return {"Oracle right": right[gaps != 0].mean(keepdims=True),
+            "Oracle's spread": margins.std(ddof=1, keepdims=True)}
+
+
 # ---- --choose and --terms ----------------------------------------------------------------------------------
 
 def choose(task, args, settings):
@@ -411,6 +370,47 @@ def eq6_terms(folder, data, rewards, seed, pairs):
 
 
 # ---- plumbing ----------------------------------------------------------------------------------------------
+
+def report(task, args, results):
+    """Prints a table a setting and writes results.json. results: {setting: judge()'s figures}."""
+    for name, figures in results.items():
+        print("\n## {}: labels {labels}, {split}, Oracle {oracle}, {pairs} pairs, {steps} steps; {}\n".format(
+            name, " / ".join(task.DOMAINS), **task.SETTINGS[name]))
+        for figure in ("Oracle right", "Oracle's spread"):
+            values = figures[task.START]["by_seed"].get(figure, [])
+            print(f"{figure}, by seed:", ", ".join(f"{value:.2f}" for value in values))
+        opponents = [other for other in (task.START, "DPO", "e-DPO", "e-DPO (Oracle)") if other in figures]
+        columns = [f"against {other}" for other in opponents] + ["by the Oracle", *task.COLUMNS]
+        print_title("method", "seeds", *columns)
+        for method, row in figures.items():
+            seeds = ", ".join(map(str, row["seeds"]))
+            print_row(method, seeds, *(show(task, row, column) for column in columns))
+    os.makedirs(args.out, exist_ok=True)
+    write_jsonl(f"{args.out}/results.json", [results])
+    print(f"\nwrote {args.out}/results.json")
+
+
+def show(task, row, column):
+    """A figure, in each domain if it has domains. Win rates come with their interval."""
+    texts = []
+    for name in (column, *(f"{column}/{domain}" for domain in task.DOMAINS)):
+        if name in row:
+            mean, *bounds = row[name]
+            text = f"{mean:.2f}"
+            if bounds and column.startswith(("against ", "by the Oracle")):
+                text += " [{:.2f}, {:.2f}]".format(*np.clip(bounds, 0, 1))
+            texts.append(text)
+    return " / ".join(texts)
+
+
+def print_title(*texts):
+    print_row(*texts)
+    print("|" + "---|" * len(texts))
+
+
+def print_row(*texts):
+    print(f"| {' | '.join(texts)} |")
+
 
 def stage(script, out, done="", *extra, **flags):
     """Runs a script's main with --out and these flags, unless out + done is there. It prints to <out>.log."""

@@ -1,4 +1,4 @@
-"""The arithmetic that the studies' claims rest on: intervals, wins, the choosing rule, the Oracle's quality."""
+"""The arithmetic that the claims rest on: intervals, wins, the choosing rule, how good an Oracle is."""
 import argparse
 import itertools
 import json

@@ -57,9 +57,10 @@ def test_prompts_that_are_tested_are_never_trained_on(tmp_path, monkeypatch):
 
 def test_a_reward_that_repetition_won_goes_with_the_repetition():
     assert real.once("Great, great day! A great DAY.") == "Great, day! A"
-    again, alone = real.true_reward({"response": "wonderful " * 9 + "day"}), real.true_reward(
-        {"response": "wonderful day"})
-    assert again > 0.95 and real.true_reward({"response": real.once("wonderful " * 9 + "day")}) == alone
+    again = {"response": "wonderful " * 9 + "day"}
+    alone = {"response": "wonderful day"}
+    assert real.true_reward(again) > 0.95
+    assert real.true_reward({"response": real.once(again["response"])}) == real.true_reward(alone)
     assert real.distinct_2(["a b a b a", "b a b"]) == 2 / 6
 
 
@@ -104,7 +105,8 @@ def test_the_table_has_who_wins_where_and_how_far_it_went(tmp_path, capsys):
     folder, scores = common.answers_of(real, home, setting, "DPO")
     write_policy(folder, ["good", "a table", "great", "great"], 2.5, scores)
     os.makedirs(os.path.dirname(data))
-    toy.write_jsonl(data, [{"chosen": chosen, "rejected": "a table"} for chosen in ("bad", "awful", "good", "fine")])
+    words = "bad", "awful", "good", "fine"
+    toy.write_jsonl(data, [{"chosen": word, "rejected": "a table"} for word in words])
     torch.save({"chosen": torch.ones(1, 4), "rejected": torch.zeros(1, 4)}, oracle_rewards)  # two are wrong
     figures = common.judge(real, setting, [home, f"{tmp_path}/seed5"])
     assert list(figures) == ["start", "DPO"] and figures["DPO"]["seeds"] == [4]  # no IPO, no seed 5
