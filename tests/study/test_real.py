@@ -35,7 +35,7 @@ def test_labels_are_wrong_as_often_as_asked():
         assert len(labelled) == 900
         for row, clean in zip(labelled, rows[0.0]):
             assert {row["chosen"], row["rejected"]} == {clean["chosen"], clean["rejected"]}
-            assert row["confidence"] == pytest.approx(abs(gap(row)), abs=1e-4)
+            assert row["confidence"] == pytest.approx(abs(gap(row)), abs=1e-4) and row["confidence"] > 0
         wrong[labels] = np.array([gap(row) < 0 for row in labelled])
     assert not wrong[0.0].any() and abs(wrong[0.4].mean() - 0.4) < 3 * (0.24 / 900) ** 0.5
     gaps = np.array([row["confidence"] for row in rows["bt"]])
@@ -114,6 +114,7 @@ def test_the_table_has_who_wins_where_and_how_far_it_went(tmp_path, capsys):
     assert dpo["against start/all"][0] == 0.875  # a tie counts half
     assert figures["start"]["against DPO/all"][0] == 0.125
     assert dpo["against start/new"][0] == 0.75 and dpo["by the Oracle/all"][0] == 0.5
+    assert dpo["true/new"][0] == pytest.approx(real.true_reward({"response": "great"}) / 2)
     assert dpo["KL"][0] == 2.5 and dpo["by_seed"]["KL"] == [2.5]
     assert figures["start"]["by_seed"]["Oracle right"] == [0.5]
     common.report(real, common.argparse.Namespace(out=tmp_path), {"clean_all": figures})
