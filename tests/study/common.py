@@ -283,8 +283,8 @@ def oracle_quality(task, home, setting):
         return {}
     saved = torch.load(rewards, weights_only=True)
     margins = (saved["chosen"] - saved["rejected"])[0].numpy()
-    truth = true_rewards(task, data)
-    gaps = truth["chosen"] - truth["rejected"]
+    scores = true_rewards(task, data)
+    gaps = scores["chosen"] - scores["rejected"]
     right = (margins > 0) == (gaps > 0)
     return {"Oracle right": right[gaps != 0].mean(keepdims=True),
             "Oracle's spread": margins.std(ddof=1, keepdims=True)}
