@@ -338,14 +338,15 @@ def terms(task, args, name, setting):
 
 def eq6_terms(folder, data, rewards, seed, pairs):
     """(lm, log pi(y|x) (pairs, 2), {term: its loss of each pair}) of a policy on a file's first pairs."""
-    tokenizer, lm = align.load_model(folder)
+    tokenizer, lm = align.load_model(folder, "cpu")
+    end = lm.generation_config.eos_token_id[0]
     torch.manual_seed(seed)
     head = torch.nn.Linear(lm.config.hidden_size, 1, bias=False)
     torch.nn.init.normal_(head.weight, std=(lm.config.hidden_size + 1) ** -0.5)
     encoded = []
     for row in read_rows(data)[:pairs]:
-        responses = [align.encode_response(tokenizer, row[key]) for key in ("chosen", "rejected")]
-        encoded.append([align.encode_prompt(tokenizer, row["prompt"]), *responses])
+        ids, _ = align.encode(tokenizer, row["prompt"], [row["chosen"], row["rejected"]], end)
+        encoded.append(ids)
     logps, student = align.PairModel(lm, head)(encoded)
     z_w, z_l = logps.unbind(1)
     tokens_w, tokens_l = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in encoded]).T

@@ -214,7 +214,7 @@ def write_logps(out, policy, start):
     samples = read_rows(f"{out}/samples.jsonl")
     saved = {}
     for name, folder in ("start", start), ("policy", policy):
-        tokenizer, lm = align.load_model(folder)
+        tokenizer, lm = align.load_model(folder, "cpu")
         saved[name] = log_probs(lm, tokenizer, samples)
     write_jsonl(f"{out}/logps.json", [saved])
 
@@ -224,9 +224,8 @@ def log_probs(lm, tokenizer, rows):
     """log pi(y|x) of each generated row, a list. An answer that was cut off has no EOS."""
     logps = []
     for row in rows:
-        prompt = align.encode_prompt(tokenizer, row["prompt"])
-        answer = align.encode_response(tokenizer, row["response"])[:None if row["eos"] else -1]
-        ids = torch.tensor([*prompt, *answer])
+        (prompt, answer), _ = align.encode(tokenizer, row["prompt"], [row["response"]], tokenizer.eos_token_id)
+        ids = torch.tensor(prompt + (answer if row["eos"] else answer[:-1]))
         logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (tokens of the answer, V)
         chosen = logits.log_softmax(-1).gather(1, ids[len(prompt):, None])
         logps.append(chosen.sum().item())

@@ -74,7 +74,7 @@ def test_log_probs_are_the_models_own_and_a_cut_off_answer_has_no_eos():
     rows = [{"prompt": " ".join(words[:5]), "response": " " + " ".join(words[i:]), "eos": eos}
             for i, eos in ((2, True), (2, False), (6, True))]
     for row, logp in zip(rows, real.log_probs(lm, tokenizer, rows)):
-        prompt = align.encode_prompt(tokenizer, row["prompt"])
+        (prompt,), _ = align.encode(tokenizer, row["prompt"], [])
         ids = prompt + tokenizer(row["response"], add_special_tokens=False).input_ids
         ids += [tokenizer.eos_token_id] * row["eos"]
         own = 0.0
