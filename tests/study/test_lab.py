@@ -84,7 +84,10 @@ def test_true_rewards_are_read_by_align(tmp_path, process_group):
     toy.write_jsonl(data, rows)
     common.save_true_rewards(lab, data, rewards)
     args = argparse.Namespace(loss="drdo", max_length=512)
-    pairs, oracle = align.load_split(data, rewards, toy.make_tokenizer(), args)
+    tokenizer = toy.make_tokenizer()
+    lm = toy.make_model(tokenizer, seed=0, steps=0)
+    lm.generation_config.eos_token_id = [tokenizer.eos_token_id]
+    pairs, oracle = align.load_split(data, rewards, tokenizer, lm, args)
     own = torch.tensor([[[row["chosen_reward"], row["rejected_reward"]] for row in rows]])
     assert len(pairs) == 9 and torch.equal(oracle, own)
 
