@@ -166,7 +166,7 @@ def encode(tokenizer, prompt, responses, end=None):
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
         # two unlike responses have the prompt in common, and what follows a response
         begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-        probes = ["4.", "" if begun else "Yes"]
+        probes = ["4.", "" if begun else "I"]
         one, other, *wholes = render(tokenizer, prompt, probes + responses)
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
