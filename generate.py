@@ -96,8 +96,8 @@ def read_prompts(args, tokenizer):
                 row = json.loads(line)
                 ids = encode_prompt(tokenizer, row["prompt"])
             except Exception as error:  # no JSON, no text, what a chat template refuses
-                fail(f"{args.prompts}, line {number}: {type(error).__name__}: {error}; write one JSON object "
-                     "a line, in UTF-8, with prompt")
+                fail(f"{args.prompts}, line {number}: {reason(error)}; write one JSON object a line, in "
+                     "UTF-8, with prompt")
             key = json.dumps(row["prompt"])
             if key not in seen:
                 seen.add(key)
@@ -117,9 +117,10 @@ def load_model(folder, device, dtype):
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
                                                            output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
-        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
+        assert all(weight.isfinite().all() for weight in model.parameters()), "its weights are not finite"
+        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer is too large"
     except Exception as error:  # libraries raise anything where a file is damaged
-        fail(f"--model {folder}: {error}; give the folder or the hub name of a whole causal LM")
+        fail(f"--model {folder}: {reason(error)}; give the folder or the hub name of a whole causal LM")
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     model.generation_config = GenerationConfig()  # a repetition penalty there would sample another policy
@@ -179,6 +180,13 @@ def fail(message):
     sys.exit(2)
 
 
+def reason(error):
+    """An error in words: its first sentence, as libraries write many. Of a KeyError the missing key."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return " ".join(str(getattr(error, "msg", error)).split()).split(". ")[0] or type(error).__name__
+
+
 def check_flags(args, may_be_zero):
     """Fails where a number is not above 0 and finite. Flags named in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
@@ -229,4 +237,6 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a file that is missing, a full disk, no permission
         fail(error)
+    except torch.OutOfMemoryError as error:
+        fail(f"{reason(error)}; lower --micro_batch_size")
     dist.destroy_process_group()

@@ -126,8 +126,10 @@ def read_texts(path, tokenizer):
                         ends.append(len(flat))
                     columns[key].append(numbers[digest])
             except Exception as error:  # no JSON, no text, what a chat template refuses
-                fail(f"{path}, line {line_number}: {type(error).__name__}: {error}; write one JSON object a "
-                     "line, in UTF-8, with prompt, chosen and rejected, or with prompt and response")
+                fail(f"{path}, line {line_number}: {reason(error)}; write one JSON object a line, in UTF-8, "
+                     "with prompt, chosen and rejected, or with prompt and response")
+    if not columns:
+        fail(f"{path}: it has 0 rows; give pairs or generations")
     texts = np.split(np.frombuffer(flat, np.int32), ends[:-1])
     return texts, {key: column for key, column in columns.items() if max(column) >= 0}
 
@@ -158,9 +160,9 @@ def load_oracle(folder, device, dtype):
             folder, num_labels=1, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
         assert hasattr(model, "score"), "it has no linear head score.weight"
-        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
+        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer is too large"
     except Exception as error:  # libraries raise anything where a file is damaged
-        fail(f"--oracle {folder}: {error}; give a reward model with one label; oracle.py trains one")
+        fail(f"--oracle {folder}: {reason(error)}; give a reward model with one label; oracle.py trains one")
     return tokenizer, model.to(device).eval()
 
 
@@ -189,7 +191,7 @@ def encode_prompt(tokenizer, prompt):
 def encode_response(tokenizer, response):
     """Token ids of a response and its EOS. Prompt and response are tokenised apart: no token spans both. With
     a chat template a response loses the leading space that separates it from a plain-text prompt."""
-    assert isinstance(response, str), "a response is no text"
+    assert isinstance(response, str), "a response is not a string"
     response = response.removeprefix(" ") if tokenizer.chat_template else response
     return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
@@ -228,6 +230,13 @@ def fail(message):
         time.sleep(10)
     tqdm.write(f"error: {' '.join(str(message).split()):.600}", file=sys.stderr)
     sys.exit(2)
+
+
+def reason(error):
+    """An error in words: its first sentence, as libraries write many. Of a KeyError the missing key."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return " ".join(str(getattr(error, "msg", error)).split()).split(". ")[0] or type(error).__name__
 
 
 def check_flags(args, may_be_zero):
@@ -272,4 +281,6 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a file that is missing, a full disk, no permission
         fail(error)
+    except torch.OutOfMemoryError as error:
+        fail(f"{reason(error)}; lower --micro_batch_size")
     dist.destroy_process_group()
