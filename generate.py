@@ -184,7 +184,8 @@ def reason(error):
     """An error in words: its first sentence, as libraries write many. Of a KeyError the missing key."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    return " ".join(str(getattr(error, "msg", error)).split()).split(". ")[0] or type(error).__name__
+    text = " ".join(str(getattr(error, "msg", error)).split())
+    return text.split(". ")[0].rstrip(".") or type(error).__name__
 
 
 def check_flags(args, may_be_zero):
