@@ -145,13 +145,11 @@ def load_model(folder, device, dtype):
 # ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
 
 def encode(tokenizer, prompt, responses, end=None):
-    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart.
-
-    With a chat template they are cut from what it writes for the whole conversation: a model reads what it
-    would write. The prompt is all before the response, a thinking model's empty thought too. A response ends
-    in the token `end`. Without `end` it takes in all that the template writes after it. Without a template a
-    text lies between BOS and EOS. If a token spans the border, prompt and responses are tokenised apart.
-    """
+    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart, as
+    a token spans the border. With a chat template they are cut from the whole conversation that it writes: a
+    model reads what it would write. The prompt is all before the response, a thinking model's empty thought
+    too. A response ends in the token `end`, or without `end` where the template ends. Without a template a
+    text lies between BOS and EOS."""
     assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is not a string"

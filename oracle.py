@@ -241,12 +241,10 @@ def check_layout(lm, pairs, args):
 
 
 class Rows:
-    """Token ids of a JSONL file's rows that fit in max_length and the model, in one flat int32 array.
-
-    rows[i] is a list of arrays: the prompt, and the responses under `keys`. lines: (N,), line numbers in the
-    file. lengths: (N, 1 + responses), tokens of each, the end included. sha256: the hash of what was read.
-    A response ends in the LM's end token; for a reward model, whole_turn, where the chat template ends.
-    """
+    """Token ids of a JSONL file's rows that fit in max_length and the model, in one flat int32 array. rows[i]
+    is a list of arrays: the prompt, and the responses under `keys`. lines: (N,), line numbers in the file.
+    lengths: (N, 1 + responses), tokens of each. A response ends in the LM's end token, or for a reward model,
+    with whole_turn, where the chat template ends. sha256: the hash of all ids."""
 
     def __init__(self, path, keys, tokenizer, lm, max_length, limit=0, whole_turn=False):
         max_length = min(max_length, getattr(lm.config, "max_position_embeddings", None) or math.inf)
@@ -293,13 +291,11 @@ class Rows:
 
 
 def encode(tokenizer, prompt, responses, end=None):
-    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart.
-
-    With a chat template they are cut from what it writes for the whole conversation: a model reads what it
-    would write. The prompt is all before the response, a thinking model's empty thought too. A response ends
-    in the token `end`. Without `end` it takes in all that the template writes after it. Without a template a
-    text lies between BOS and EOS. If a token spans the border, prompt and responses are tokenised apart.
-    """
+    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart, as
+    a token spans the border. With a chat template they are cut from the whole conversation that it writes: a
+    model reads what it would write. The prompt is all before the response, a thinking model's empty thought
+    too. A response ends in the token `end`, or without `end` where the template ends. Without a template a
+    text lies between BOS and EOS."""
     assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is not a string"
@@ -601,22 +597,17 @@ def resume_or_start(parser, args):
     it may change, else it must be the same. Without it --out may hold no checkpoint and no model."""
     may_change = ("out", "resume", "local_rank", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
-    out, unfinished = args.out, os.path.exists(f"{args.out}/checkpoint/latest")
-    if args.resume and not unfinished:
-        fail(f"--resume: {out}/checkpoint holds no checkpoint; start without --resume")
-    if not args.resume and (unfinished or os.path.exists(f"{out}/config.json")):
-        fail(f"--out: {out} holds a {'checkpoint; go on with --resume,' if unfinished else 'model;'} name "
-             "another folder, or delete it")
     before = {}
-    if args.resume:
-        try:
-            with open(f"{out}/args.json") as file:
-                before = json.load(file)
-            parser.set_defaults(**before)
-        except (TypeError, ValueError) as error:
-            fail(f"--resume: {out}/args.json: {reason(error)}; delete {out} and start without --resume")
-    now = vars(parser.parse_args()) | {"out": out, "stage": parser.prog,
-                                        "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    unfinished = os.path.exists(f"{args.out}/checkpoint/latest")
+    if args.resume and unfinished:
+        with open(f"{args.out}/args.json") as file:
+            before = json.load(file)
+    elif args.resume:
+        fail(f"--resume: {args.out}/checkpoint holds no checkpoint; start without --resume")
+    elif unfinished or os.path.exists(f"{args.out}/config.json"):
+        fail(f"--out: {args.out} holds a model or a checkpoint; go on with --resume, or name another folder")
+    parser.set_defaults(**before)
+    now = vars(parser.parse_args()) | {"out": args.out, "processes": int(os.environ.get("WORLD_SIZE", 1))}
     for name in before.keys() - may_change:
         if now[name] != before[name]:
             fail(f"--resume: {name} was {before[name]} and is now {now[name]}; go on as the run began")

@@ -135,8 +135,8 @@ CASES = {
         DPO, {"ds_config.json": entries(gradient_clipping="auto")}, "ds_config.json: ...; unless"),
     # checkpoints
     "nothing to resume": (f"{SFT} --resume", {}, "--resume: new/checkpoint holds no checkpoint; start"),
-    "an unfinished run": (f"{DPO} --out stopped", {}, "--out: stopped holds a checkpoint; go on with"),
-    "a finished model": (f"{ORACLE} --out out/sft", {}, "--out: out/sft holds a model; name another folder"),
+    "an unfinished run": (f"{DPO} --out stopped", {}, "--out: stopped holds a model or a checkpoint; go on with"),
+    "a finished model": (f"{ORACLE} --out out/sft", {}, "--out: out/sft holds a model or a checkpoint; go on with --resume, or name another folder"),
     "another flag": (f"{RESUME} --beta 0.5", {}, "--resume: beta was 0.1 and is now 0.5; go on as the run"),
     "another stage": ("sft.py --out stopped --resume", {}, "--resume: stage was align.py and is now sft.py"),
     "other data": (RESUME, {TRAIN: row(chosen=" no")}, "--resume: ...the data, ... have changed; go on as"),
