@@ -49,6 +49,7 @@ from losses import drdo_loss, dpo_loss, edpo_loss, ipo_loss, last_token_rewards,
 
 def loss_and_metrics(args, logps, rewards, reference, oracle_rewards, response_tokens):
     """The loss of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l rejected.
+    To add a loss: write it in losses.py, name it in --loss and give it a branch here.
 
     logps: log pi(y|x) of (w, l), (B, 2), summed over tokens. rewards: the reward head's, (B, 2), or NaN.
     reference: log pi(y|x) of the reference, (B, 2). oracle_rewards: of K Oracles, (K, B, 2).
@@ -68,7 +69,7 @@ def loss_and_metrics(args, logps, rewards, reference, oracle_rewards, response_t
         elif args.student_rewards == "logps":
             rewards_w = args.beta * logps_w
             rewards_l = args.beta * logps_l
-        margin = logps_w - logps_l  # p_w = sigma(margin), Eq. 6
+        margin = logps_w - logps_l  # p_w = sigma(margin); many nats, so p_w is near 0 or 1: see losses.py
         if args.p_w == "mean":
             margin = logps_w / response_tokens[:, 0] - logps_l / response_tokens[:, 1]
         if args.detach_focal:
@@ -188,7 +189,8 @@ def main():
     engine = make_engine(model, args)  # AdamW under ZeRO-2
     state = start_run(engine, args, pairs, eval_pairs)  # step 0; with --resume that of the last checkpoint
 
-    # ---- the reference: log pi(y|x) of the policy before its first step, (N, 2); NaN for losses without one
+    # ---- the reference: log pi(y|x) of the policy before its first step, (N, 2). DRDO's rewards are a head's or
+    # log pi itself, and need none: it is NaN there. Its variant log_ratio has one
     if not args.resume:
         has_reference = args.loss != "drdo" or args.student_rewards == "log_ratio"
         of_this_run = np.unique(steps) if has_reference else []
