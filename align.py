@@ -285,8 +285,9 @@ def load_split(path, rewards_path, tokenizer, lm, args, limit=0):
         oracle_rewards = oracle_rewards[:, pairs.lines - 1]  # (K, N, 2)
         scored = oracle_rewards.isfinite().all(2).all(0).numpy()  # (N,)
         assert len(oracle_rewards) and scored.any(), "no pair has finite rewards of both responses"
-        args.oracles = getattr(args, "oracles", saved["oracles"])  # for args.json
-        assert saved["oracles"] == args.oracles, f"{args.oracles} scored --data, {saved['oracles']} this"
+        oracles = saved.get("oracles")
+        args.oracles = getattr(args, "oracles", oracles)  # for args.json
+        assert oracles == args.oracles, f"{args.oracles} scored --data, and {oracles} this"
     except Exception as error:
         fail(f"{rewards_path}: {error}; run precompute_rewards.py --data {path} --out {rewards_path}")
     if not scored.all():

@@ -288,16 +288,15 @@ def make_model(folder):
 
 def write_data(home, tokenizer, shape, path, number):
     """Writes pairs.jsonl and rewards.pt (random). Returns the pairs' token ids."""
-    from align import encode_prompt, encode_response
+    from align import encode
     if shape == "natural" and path:
         rows = [json.loads(line) for line in open(path)]
         random.Random(0).shuffle(rows)
     else:
-        rows = random_rows(tokenizer, shape, number, extra=len(encode_prompt(tokenizer, "a")) - 1)
+        rows = random_rows(tokenizer, shape, number, extra=len(encode(tokenizer, "a", [])[0][0]) - 1)
     lines, pairs = [], []
     for row in rows:
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        responses = [encode_response(tokenizer, row[key]) for key in ("chosen", "rejected")]
+        (prompt, *responses), _ = encode(tokenizer, row["prompt"], [row["chosen"], row["rejected"]])
         if len(pairs) < number and len(prompt) + max(map(len, responses)) <= 1024:
             lines.append(json.dumps(row) + "\n")
             pairs.append([prompt, *responses])
