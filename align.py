@@ -179,7 +179,7 @@ def main():
     # ---- the reward head, the engine
     head = None
     if args.loss == "drdo" and args.student_rewards == "head":
-        torch.manual_seed(args.seed + 2**31)  # not the seed of oracle.py's head: the two start apart
+        torch.manual_seed((args.seed + 2**31) % 2**63)  # oracle.py's head has another seed
         width = lm.get_output_embeddings().weight.shape[1]  # H; OPT projects its hidden states to this width
         head = torch.nn.Linear(width, 1, bias=False)
         torch.nn.init.normal_(head.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, arXiv 2009.01325
@@ -264,7 +264,7 @@ def check_layout(lm, pairs, args):
             assert abs(own - logp) <= 0.001 * len(response), (  # NaN too
                 f"log pi(y|x) of a response is {own:.2f} by its own forward, {logp:.2f} in the row of a pair")
     except Exception as error:  # models break in many ways on a mask or a position they do not know
-        fail(f"--model {args.model}: {error}; take another model type, or a smaller --max_length")
+        fail(f"--model {args.model}: {reason(error)}; take another model type, or a smaller --max_length")
 
 
 def load_split(path, rewards_path, tokenizer, lm, args, limit=0):
@@ -284,12 +284,12 @@ def load_split(path, rewards_path, tokenizer, lm, args, limit=0):
         oracle_rewards = torch.stack([saved["chosen"], saved["rejected"]], dim=-1).float()
         oracle_rewards = oracle_rewards[:, pairs.lines - 1]  # (K, N, 2)
         scored = oracle_rewards.isfinite().all(2).all(0).numpy()  # (N,)
-        assert len(oracle_rewards) and scored.any(), "no pair has finite rewards of both responses"
+        assert len(oracle_rewards) and scored.any(), "no pair has two finite rewards"
         oracles = saved.get("oracles")
         args.oracles = getattr(args, "oracles", oracles)  # for args.json
         assert oracles == args.oracles, f"{args.oracles} scored --data, and {oracles} this"
     except Exception as error:
-        fail(f"{rewards_path}: {error}; run precompute_rewards.py --data {path} --out {rewards_path}")
+        fail(f"{rewards_path}: {reason(error)}; run precompute_rewards.py --data {path}")
     if not scored.all():
         say(f"{path}: {np.sum(~scored)} pairs dropped: without finite rewards, as too long for an Oracle")
     if {*saved.get("templates", [])} - {template_of(tokenizer)}:
@@ -303,12 +303,10 @@ def load_split(path, rewards_path, tokenizer, lm, args, limit=0):
 # ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
 
 class Rows:
-    """Token ids of a JSONL file's rows that fit in max_length and the model, in one flat int32 array.
-
-    rows[i] is a list of arrays: the prompt, and the responses under `keys`. lines: (N,), line numbers in the
-    file. lengths: (N, 1 + responses), tokens of each, the end included. sha256: the hash of what was read.
-    A response ends in the LM's end token; for a reward model, whole_turn, where the chat template ends.
-    """
+    """Token ids of a JSONL file's rows that fit in max_length and the model, in one flat int32 array. rows[i]
+    is a list of arrays: the prompt, and the responses under `keys`. lines: (N,), line numbers in the file.
+    lengths: (N, 1 + responses), tokens of each. A response ends in the LM's end token, or for a reward model,
+    with whole_turn, where the chat template ends. sha256: the hash of all ids."""
 
     def __init__(self, path, keys, tokenizer, lm, max_length, limit=0, whole_turn=False):
         max_length = min(max_length, getattr(lm.config, "max_position_embeddings", None) or math.inf)
@@ -323,8 +321,8 @@ class Rows:
                     row = json.loads(line)
                     ids, apart = encode(tokenizer, row["prompt"], [row[key] for key in keys], end)
                 except Exception as error:  # no JSON, no text, what a chat template refuses
-                    fail(f"{path}, line {number}: {type(error).__name__}: {error}; write one JSON object a "
-                         f"line, in UTF-8, with prompt, {', '.join(keys)}")
+                    fail(f"{path}, line {number}: {reason(error)}; write one JSON object a line, in UTF-8, "
+                         f"with prompt, {', '.join(keys)}")
                 if len(ids[0]) + max(map(len, ids[1:])) <= max_length:
                     num_apart += apart
                     lines.append(number)
@@ -355,15 +353,14 @@ class Rows:
 
 
 def encode(tokenizer, prompt, responses, end=None):
-    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart.
-
-    With a chat template they are cut from what it writes for the whole conversation: a model reads what it
-    would write. The prompt is all before the response, a thinking model's empty thought too. A response ends
-    in the token `end`. Without `end` it takes in all that the template writes after it. Without a template a
-    text lies between BOS and EOS. If a token spans the border, prompt and responses are tokenised apart.
-    """
+    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart, as
+    a token spans the border. With a chat template they are cut from the whole conversation that it writes: a
+    model reads what it would write. The prompt is all before the response, a thinking model's empty thought
+    too. A response ends in the token `end`, or without `end` where the template ends. Without a template a
+    text lies between BOS and EOS."""
+    assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is no text"
+    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is not a string"
     assert any(texts), "the prompt is empty"
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (
@@ -377,7 +374,7 @@ def encode(tokenizer, prompt, responses, end=None):
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
         # two unlike responses have the prompt in common, and what follows a response
         begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-        probes = ["4.", "" if begun else "Yes"]
+        probes = ["4.", "" if begun else "I"]
         one, other, *wholes = render(tokenizer, prompt, probes + responses)
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
@@ -495,13 +492,13 @@ def load_model(folder, device):
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
-        assert len(tokenizer) <= lm.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
+        assert len(tokenizer) <= lm.get_input_embeddings().num_embeddings, "its tokenizer is too large"
         ends = lm.generation_config.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
         end = check_template(tokenizer, ends)  # first in generation_config.json: servers stop there too
         lm.generation_config.eos_token_id = [end, *sorted(ends - {end})]
     except Exception as error:  # libraries raise anything where a file is damaged
-        fail(f"--model {folder}: {error}; give the folder or the hub name of a whole causal LM")
+        fail(f"--model {folder}: {reason(error)}; give the folder or the hub name of a whole causal LM")
     lm.get_input_embeddings().padding_idx = None  # it stops a token's gradient; some models pad with EOS
     return tokenizer, lm.to(device).train()
 
@@ -517,14 +514,15 @@ def make_engine(model, args):
     try:
         with open(args.deepspeed_config) as file:
             config = json.load(file)
-        assert config["zero_optimization"]["stage"] in (1, 2), "take ZeRO stage 1 or 2"
+        assert config["zero_optimization"]["stage"] in (1, 2), "ZeRO's stage must be 1 or 2"
+        assert config.get("gradient_clipping", 0) >= 0, "gradient_clipping must be 0 or more"
         config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
                    "train_micro_batch_size_per_gpu": args.micro_batch_size,
                    "bf16": {"enabled": torch.cuda.is_available() and args.dtype == "bf16"}}
         return deepspeed.initialize(None, model, optimizer, config=config)[0]
     except Exception as error:
-        fail(f"--deepspeed_config {args.deepspeed_config}: {type(error).__name__}: {error}; unless memory "
-             "ran out, take the ds_config.json here")
+        fail(f"--deepspeed_config {args.deepspeed_config}: {reason(error)}; unless memory ran out, take the "
+             "ds_config.json here")
 
 
 def start_run(engine, args, *splits):
@@ -538,7 +536,8 @@ def start_run(engine, args, *splits):
             state = saved["state"]
             assert state["data_sha256"] == sha256, "the data, their token ids or their rewards have changed"
         except Exception as error:
-            fail(f"--resume: {args.out}/checkpoint: {error}; go on as the run began, or delete the folder")
+            fail(f"--resume: cannot load {args.out}/checkpoint: {reason(error)}; go on as the run began, or "
+                 "delete the folder")
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
         if not args.resume:
@@ -641,6 +640,14 @@ def fail(message):
     sys.exit(2)
 
 
+def reason(error):
+    """An error in words: its first sentence, as libraries write many. Of a KeyError the missing key."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    text = " ".join(str(getattr(error, "msg", error)).split())
+    return text.split(". ")[0].rstrip(".") or type(error).__name__
+
+
 def check_flags(args, may_be_zero):
     """Fails where a number is not above 0 and finite. Flags named in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
@@ -655,18 +662,17 @@ def resume_or_start(parser, args):
     it may change, else it must be the same. Without it --out may hold no checkpoint and no model."""
     may_change = ("out", "resume", "local_rank", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
-    out, unfinished = args.out, os.path.exists(f"{args.out}/checkpoint/latest")
-    if args.resume and not unfinished:
-        fail(f"--resume: {out}/checkpoint holds no checkpoint; start without --resume")
-    if not args.resume and (unfinished or os.path.exists(f"{out}/config.json")):
-        fail(f"--out: {out} holds a {'checkpoint: go on with --resume' if unfinished else 'model'}; name "
-             "another folder, or delete it")
     before = {}
-    if args.resume:
-        with open(f"{out}/args.json") as file:
+    unfinished = os.path.exists(f"{args.out}/checkpoint/latest")
+    if args.resume and unfinished:
+        with open(f"{args.out}/args.json") as file:
             before = json.load(file)
-        parser.set_defaults(**before)
-    now = vars(parser.parse_args()) | {"out": out, "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    elif args.resume:
+        fail(f"--resume: {args.out}/checkpoint holds no checkpoint; start without --resume")
+    elif unfinished or os.path.exists(f"{args.out}/config.json"):
+        fail(f"--out: {args.out} holds a model or a checkpoint; go on with --resume, or name another folder")
+    parser.set_defaults(**before)
+    now = vars(parser.parse_args()) | {"out": args.out, "processes": int(os.environ.get("WORLD_SIZE", 1))}
     for name in before.keys() - may_change:
         if now[name] != before[name]:
             fail(f"--resume: {name} was {before[name]} and is now {now[name]}; go on as the run began")
@@ -736,4 +742,6 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a file that is missing, a full disk, no permission
         fail(error)
+    except torch.OutOfMemoryError as error:
+        fail(f"{reason(error)}; lower --micro_batch_size")
     dist.destroy_process_group()

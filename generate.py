@@ -110,8 +110,8 @@ def read_prompts(args, tokenizer):
                 row = json.loads(line)
                 (ids,), _ = encode(tokenizer, row["prompt"], [])
             except Exception as error:  # no JSON, no text, what a chat template refuses
-                fail(f"{args.prompts}, line {number}: {type(error).__name__}: {error}; write one JSON object "
-                     "a line, in UTF-8, with prompt")
+                fail(f"{args.prompts}, line {number}: {reason(error)}; write one JSON object a line, in "
+                     "UTF-8, with prompt")
             key = json.dumps(row["prompt"])
             if key not in seen:
                 seen.add(key)
@@ -131,12 +131,13 @@ def load_model(folder, device, dtype):
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
                                                            output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
-        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
+        assert all(weight.isfinite().all() for weight in model.parameters()), "its weights are not finite"
+        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer is too large"
         ends = model.generation_config.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
         ends.add(check_template(tokenizer, ends))
     except Exception as error:  # libraries raise anything where a file is damaged
-        fail(f"--model {folder}: {error}; give the folder or the hub name of a whole causal LM")
+        fail(f"--model {folder}: {reason(error)}; give the folder or the hub name of a whole causal LM")
     model.generation_config = GenerationConfig()  # a repetition penalty there would sample another policy
     return tokenizer, model.to(device).eval(), ends
 
@@ -144,15 +145,14 @@ def load_model(folder, device, dtype):
 # ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
 
 def encode(tokenizer, prompt, responses, end=None):
-    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart.
-
-    With a chat template they are cut from what it writes for the whole conversation: a model reads what it
-    would write. The prompt is all before the response, a thinking model's empty thought too. A response ends
-    in the token `end`. Without `end` it takes in all that the template writes after it. Without a template a
-    text lies between BOS and EOS. If a token spans the border, prompt and responses are tokenised apart.
-    """
+    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart, as
+    a token spans the border. With a chat template they are cut from the whole conversation that it writes: a
+    model reads what it would write. The prompt is all before the response, a thinking model's empty thought
+    too. A response ends in the token `end`, or without `end` where the template ends. Without a template a
+    text lies between BOS and EOS."""
+    assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is no text"
+    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is not a string"
     assert any(texts), "the prompt is empty"
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (
@@ -166,7 +166,7 @@ def encode(tokenizer, prompt, responses, end=None):
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
         # two unlike responses have the prompt in common, and what follows a response
         begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-        probes = ["4.", "" if begun else "Yes"]
+        probes = ["4.", "" if begun else "I"]
         one, other, *wholes = render(tokenizer, prompt, probes + responses)
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
@@ -267,6 +267,14 @@ def fail(message):
     sys.exit(2)
 
 
+def reason(error):
+    """An error in words: its first sentence, as libraries write many. Of a KeyError the missing key."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    text = " ".join(str(getattr(error, "msg", error)).split())
+    return text.split(". ")[0].rstrip(".") or type(error).__name__
+
+
 def check_flags(args, may_be_zero):
     """Fails where a number is not above 0 and finite. Flags named in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
@@ -317,4 +325,6 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a file that is missing, a full disk, no permission
         fail(error)
+    except torch.OutOfMemoryError as error:
+        fail(f"{reason(error)}; lower --micro_batch_size")
     dist.destroy_process_group()

@@ -129,8 +129,10 @@ def read_texts(path, tokenizer):
                         ends.append(len(flat))
                     columns[key].append(numbers[digest])
             except Exception as error:  # no JSON, no text, what a chat template refuses
-                fail(f"{path}, line {line_number}: {type(error).__name__}: {error}; write one JSON object a "
-                     "line, in UTF-8, with prompt, chosen and rejected, or with prompt and response")
+                fail(f"{path}, line {line_number}: {reason(error)}; write one JSON object a line, in UTF-8, "
+                     "with prompt, chosen and rejected, or with prompt and response")
+    if not columns:
+        fail(f"{path}: it has 0 rows; give pairs or generations")
     texts = np.split(np.frombuffer(flat, np.int32), ends[:-1])
     return texts, {key: column for key, column in columns.items() if max(column) >= 0}
 
@@ -161,10 +163,10 @@ def load_oracle(folder, device, dtype):
             folder, num_labels=1, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
         assert hasattr(model, "score"), "it has no linear head score.weight"
-        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer has more tokens"
+        assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer is too large"
         check_template(tokenizer, [])
     except Exception as error:  # libraries raise anything where a file is damaged
-        fail(f"--oracle {folder}: {error}; give a reward model with one label; oracle.py trains one")
+        fail(f"--oracle {folder}: {reason(error)}; give a reward model with one label; oracle.py trains one")
     return tokenizer, model.to(device).eval()
 
 
@@ -176,15 +178,14 @@ def hash_of(path):
 
 
 def encode(tokenizer, prompt, responses, end=None):
-    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart.
-
-    With a chat template they are cut from what it writes for the whole conversation: a model reads what it
-    would write. The prompt is all before the response, a thinking model's empty thought too. A response ends
-    in the token `end`. Without `end` it takes in all that the template writes after it. Without a template a
-    text lies between BOS and EOS. If a token spans the border, prompt and responses are tokenised apart.
-    """
+    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart, as
+    a token spans the border. With a chat template they are cut from the whole conversation that it writes: a
+    model reads what it would write. The prompt is all before the response, a thinking model's empty thought
+    too. A response ends in the token `end`, or without `end` where the template ends. Without a template a
+    text lies between BOS and EOS."""
+    assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is no text"
+    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is not a string"
     assert any(texts), "the prompt is empty"
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (
@@ -198,7 +199,7 @@ def encode(tokenizer, prompt, responses, end=None):
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
         # two unlike responses have the prompt in common, and what follows a response
         begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-        probes = ["4.", "" if begun else "Yes"]
+        probes = ["4.", "" if begun else "I"]
         one, other, *wholes = render(tokenizer, prompt, probes + responses)
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
@@ -299,6 +300,14 @@ def fail(message):
     sys.exit(2)
 
 
+def reason(error):
+    """An error in words: its first sentence, as libraries write many. Of a KeyError the missing key."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    text = " ".join(str(getattr(error, "msg", error)).split())
+    return text.split(". ")[0].rstrip(".") or type(error).__name__
+
+
 def check_flags(args, may_be_zero):
     """Fails where a number is not above 0 and finite. Flags named in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
@@ -341,4 +350,6 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a file that is missing, a full disk, no permission
         fail(error)
+    except torch.OutOfMemoryError as error:
+        fail(f"{reason(error)}; lower --micro_batch_size")
     dist.destroy_process_group()
