@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
-from transformers.models.llama4.processing_llama4 import chat_template as llama4
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints that it finds no other
 import align
@@ -79,6 +78,8 @@ def main():
 
 def find_templates(llama_cpp):
     """{name: template} of the installed trl and transformers, and of llama.cpp's folder."""
+    # here: tests/paper.py takes make_tokenizer alone
+    from transformers.models.llama4.processing_llama4 import chat_template as llama4
     found = {"llama4": llama4}
     folders = [Path(find_spec("trl").origin).parent / "chat_templates"] if find_spec("trl") else []
     if llama_cpp:
