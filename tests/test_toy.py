@@ -122,7 +122,7 @@ def test_raw_schemas():
     assert 0 < confidences.count(None) < 30
     assert all(isinstance(value, int) and 1 <= value <= 9 for value in confidences if value is not None)
     assert all(set(row) == {"prompt", "label"} for row in toy.make_sft(20, 0) + toy.make_posts(20, 0))
-    assert all(set(row) == {"article", "highlights", "id"} for row in toy.make_articles(20, 0))
+    assert all(set(row) == {"article", "highlights", "prompt", "id"} for row in toy.make_articles(20, 0))
 
 
 def test_raw_rows_give_the_pairs():

@@ -304,8 +304,9 @@ def make_posts(n, seed):
 
 
 def make_articles(n, seed):
-    """Rows article, highlights, id of abisee/cnn_dailymail: articles and perfect highlights."""
-    return [{"article": doc["text"], "highlights": text, "id": hashlib.sha1(doc["text"].encode()).hexdigest()}
+    """Rows article, highlights, id of abisee/cnn_dailymail: articles and perfect highlights; and a prompt."""
+    return [{"article": doc["text"], "highlights": text, "prompt": doc["prompt"],
+             "id": hashlib.sha1(doc["text"].encode()).hexdigest()}
             for doc, text in documents("articles", gold_plan, n, seed, article=True)]
 
 
