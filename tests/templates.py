@@ -9,7 +9,7 @@
 
 No tokenizer is fetched. Each template gets one of bytes, with the template's control tokens added. `BOS` and
 `EOS` stand for what a template takes from its model's tokenizer. The columns come from align.py's own
-`encode`, `render` and `check_template`. The last of them compares the ids of a prompt and a response with the
+`encode`, `render` and `end_token`. The last of them compares the ids of a prompt and a response with the
 template's own. Where they differ, or the template fails, the row says so.
 """
 import argparse
@@ -108,8 +108,8 @@ def make_tokenizer(template):
 def describe(tokenizer):
     """Head, end, what becomes of a system message, whether the date is written, and the thought."""
     said = []
-    align.say = said.append  # check_template says when a template writes the date
-    end = align.check_template(tokenizer, set())  # the first control token behind an answer
+    align.say = said.append  # end_token says when a template writes the date
+    end = align.end_token(tokenizer, set())  # the first control token behind an answer
     (prompt, response), _ = align.encode(tokenizer, QUESTION, [ANSWER], end)
     _, head = tokenizer.decode(prompt).split(QUESTION)
     _, ending = tokenizer.decode(response).split(ANSWER)

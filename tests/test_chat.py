@@ -102,7 +102,7 @@ def finished(tokenizer, prompt, answer):
 
 
 def ends_of(tokenizer):
-    return align.check_template(tokenizer, {tokenizer.eos_token_id})
+    return align.end_token(tokenizer, {tokenizer.eos_token_id})
 
 
 # ---- the templates -----------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def ends_of(tokenizer):
     (NO_END, "<|user|>", "<|assistant|>", "<|endoftext|>")])
 def test_prompt_response_and_end_are_those_of_a_finished_turn(template, before, after, end):
     tokenizer = byte_level(template, more=["<|end|>", "<|user|>", "<|assistant|>"])
-    stop = align.check_template(tokenizer, {tokenizer.convert_tokens_to_ids("<|end|>")})
+    stop = align.end_token(tokenizer, {tokenizer.convert_tokens_to_ids("<|end|>")})
     assert tokenizer.convert_ids_to_tokens(stop) == end
     ids, apart = align.encode(tokenizer, QUESTION, ["He did.", "I"], stop)
     prompt = f"{before}Who wrote Hamlet?{after}"
@@ -160,11 +160,11 @@ def test_templates_of_trl(path, process_group):
 def test_the_end_is_the_models_own_then_a_control_token_then_eos():
     tokenizer = byte_level(PHI3, more=["<|end|>"])
     end, eos = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.eos_token_id
-    assert align.check_template(tokenizer, {end, eos}) == end
-    assert align.check_template(tokenizer, {eos}) == eos  # it stands behind <|end|> and a newline
-    assert align.check_template(tokenizer, set()) == end
-    assert align.check_template(byte_level(NO_END), set()) == byte_level(NO_END).eos_token_id
-    assert align.check_template(byte_level(), {7}) == byte_level().eos_token_id
+    assert align.end_token(tokenizer, {end, eos}) == end
+    assert align.end_token(tokenizer, {eos}) == eos  # it stands behind <|end|> and a newline
+    assert align.end_token(tokenizer, set()) == end
+    assert align.end_token(byte_level(NO_END), set()) == byte_level(NO_END).eos_token_id
+    assert align.end_token(byte_level(), {7}) == byte_level().eos_token_id
 
 
 def test_a_reward_model_reads_all_that_the_template_writes():
@@ -200,7 +200,7 @@ def test_a_template_that_another_way_of_tokenising_changes_is_refused(monkeypatc
     tokenizer = byte_level(CHATML)
     monkeypatch.setattr(align, "encode", lambda *_: (([1, 2], [3]), False))
     with pytest.raises(AssertionError, match="other tokens"):
-        align.check_template(tokenizer, set())
+        align.end_token(tokenizer, set())
 
 
 # ---- spaces, borders, control tokens in texts --------------------------------------------------------------
