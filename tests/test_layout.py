@@ -83,7 +83,7 @@ def test_loss_and_gradient_are_the_mean_over_pairs_alone(models):
     def drdo(batch):
         logps, rewards = model(batch)
         targets = torch.ones(len(batch)), torch.zeros(len(batch))
-        return losses.drdo_loss(*logps.unbind(1), *rewards.unbind(1), *targets, gamma=0.0)
+        return losses.drdo_loss(*logps.unbind(1), *rewards.unbind(1), *targets, gamma=0.0)[0]
 
     together = drdo(pairs())
     alone = torch.cat([drdo([pair]) for pair in pairs()])
