@@ -144,7 +144,8 @@ def test_an_ensemble_orders_pairs_without_labels(lab, tmp_path, capsys):
     known = load_rewards(lab / "ensemble.pt")
     margins = known["chosen"] - known["rejected"]
     swapped = margins.mean(0) < 0
-    assert (swapped != (margins[0] < 0)).any() and 5 < swapped.sum() < 43
+    scored = margins.isfinite().all(0)
+    assert swapped.sum() > 2 and (swapped != (margins[0] < 0))[scored].any()
     call("precompute_rewards.py", *ensemble_flags(lab), "--relabel", tmp_path / "labelled.jsonl",
          "--out", tmp_path / "rewards.pt")
     printed = capsys.readouterr().out
@@ -157,7 +158,6 @@ def test_an_ensemble_orders_pairs_without_labels(lab, tmp_path, capsys):
         if swap:
             before |= {"chosen": before["rejected"], "rejected": before["chosen"]}
         assert row == before
-    scored = margins.isfinite().all(0)
     for margin in torch.where(swapped, -margins, margins)[:, scored]:
         assert f"chosen above rejected in {(margin > 0).float().mean():.3f} of pairs, margin " \
                f"{margin.mean():.3f} (std {margin.std():.3f})" in printed
