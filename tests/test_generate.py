@@ -18,8 +18,8 @@ PROMPTS = list({row["prompt"]: None for row in toy.make_pairs(100, 1)})[:40]
 
 
 def write_policy(folder, **decoding):
-    """A Llama whose last hidden state is all ones, so that column 0 of its LM head is its log-probs. `decoding`
-    goes to its generation_config.json."""
+    """A Llama whose last hidden state is all ones, so that column 0 of its LM head is its log-probs.
+    `decoding` goes to its generation_config.json."""
     tokenizer = toy.make_tokenizer()
     lm = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,

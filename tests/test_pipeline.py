@@ -83,13 +83,13 @@ def run_on_one_and_two(flags, one, two, *more):
 
 # ---- rewards -----------------------------------------------------------------------------------------------
 
-def own_rewards(folder, prompts, responses):
+def own_rewards(folder, texts):
     """HF's own classifier on right-padded ids: (rewards, the ids' mask, the LM's last hidden states)."""
     tokenizer, lm = load_lm(folder)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder)
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     ids = [bos + tokenizer(prompt).input_ids + tokenizer(response).input_ids + eos
-           for prompt, response in zip(prompts, responses)]
+           for prompt, response in texts]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
     hidden = lm(**batch, output_hidden_states=True).hidden_states[-1]
     return classifier(**batch).logits[:, 0].detach(), batch["attention_mask"], hidden.detach()
@@ -104,23 +104,17 @@ def test_an_oracle_loads_in_both_classes_with_equal_rewards(lab, k, oracle):
     assert score.shape == (1, config["hidden_size"]) and config["pad_token_id"] not in (None, eos)
     rows = read_jsonl(lab / "train.jsonl")
     saved = load_rewards(lab / "ensemble.pt")
+    assert saved["data_sha256"] == hashlib.sha256((lab / "train.jsonl").read_bytes()).hexdigest()
+    assert saved["oracles"][k] == str(lab / oracle) and saved["chosen"].shape == (2, 48)
     too_long = 0
     for key in ("chosen", "rejected"):
-        rewards, mask, hidden = own_rewards(lab / oracle, *([row[k] for row in rows] for k in ("prompt", key)))
+        rewards, mask, hidden = own_rewards(lab / oracle, [(row["prompt"], row[key]) for row in rows])
         of_head = hidden[torch.arange(48), mask.sum(1) - 1] @ score[0]
         torch.testing.assert_close(of_head, rewards, rtol=1e-5, atol=1e-5)
         rewards[mask.sum(1) > LIMIT] = torch.nan
         too_long += rewards.isnan().sum().item()
         torch.testing.assert_close(saved[key][k], rewards, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert 0 < too_long < 48 if oracle == "reward_model" else too_long == 0
-
-
-def test_the_rewards_file_is_what_the_design_says(lab):
-    rewards = load_rewards(lab / "ensemble.pt")
-    assert rewards["chosen"].shape == rewards["rejected"].shape == (2, 48)
-    assert rewards["chosen"].dtype == torch.float32
-    assert rewards["data_sha256"] == hashlib.sha256((lab / "train.jsonl").read_bytes()).hexdigest()
-    assert rewards["oracles"] == [str(lab / "oracle"), str(lab / "reward_model")]
 
 
 def test_references_are_scored_and_a_text_under_another_prompt_is_another(lab, tmp_path):
@@ -211,8 +205,7 @@ def stop_while_saving(flags, out, processes=0):
 
 
 def test_resuming_is_bitwise_the_run_that_was_not_interrupted(lab, tmp_path):
-    """--resume needs no other flag. It may take a smaller micro-batch and checkpointing, as out of memory asks
-    for."""
+    """--resume needs no other flag. Out of memory asks for a smaller micro-batch and checkpointing."""
     flags = [*align_flags(lab, "dpo"), "--max_steps", 7, "--save_steps", 2, "--log_steps", 3, "--seed", 3]
     whole, stopped, smaller = (tmp_path / name for name in ("whole", "stopped", "smaller"))
     together((run, *flags, "--out", whole), (stop_while_saving, flags, stopped))

@@ -12,7 +12,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import free_port, run, together
+from conftest import call, free_port
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config
 
@@ -40,9 +40,9 @@ def drdo(tmp_path_factory):
         model.save_pretrained(home / name)
         tokenizer.save_pretrained(home / name)
         folders[name] = home / f"{name}.drdo"
-    train = (run, "align.py", "--loss", "drdo", "--data", home / "pairs.jsonl", "--eval_data", "",
-             "--oracle_rewards", home / "rewards.pt", "--batch_size", 8, "--max_steps", 1)
-    together(*((*train, "--model", home / name, "--out", folder) for name, folder in folders.items()))
+        call("align.py", "--loss", "drdo", "--data", home / "pairs.jsonl", "--eval_data", "",
+             "--oracle_rewards", home / "rewards.pt", "--batch_size", 8, "--max_steps", 1,
+             "--model", home / name, "--out", folders[name])
     return folders
 
 

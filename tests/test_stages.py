@@ -1,4 +1,4 @@
-"""The stages' functions one by one: how text becomes tokens, which pairs a step takes, which rewards they get."""
+"""The stages' functions one by one: how text becomes tokens, the pairs of each step, their rewards."""
 import hashlib
 import json
 import math

@@ -1,5 +1,5 @@
-"""Four steps of each training script against a plain loop. The loop has no row of a pair: it takes the model's
-own forward on prompt + response alone, one after the other. It shares no code with the stages.
+"""Four steps of each training script against a plain loop, which shares no code with the stages. It takes the
+model's own forward on prompt + response alone, one response after the other.
 
 In the four steps of 8 pairs, in micro-batches of 2, are two epochs, warm-up, decay and clipping. Every figure
 of every step agrees, and the held-out ones after the last."""
@@ -53,7 +53,8 @@ def save_rewards(home, name, rewards, oracles=("a", "b")):
 
 
 def flags_of(home):
-    return ["--model", home / "model", "--data", home / "train.jsonl", "--eval_data", home / "validation.jsonl"]
+    return ["--model", home / "model", "--data", home / "train.jsonl",
+            "--eval_data", home / "validation.jsonl"]
 
 
 def initial_head(home, name):
@@ -145,7 +146,8 @@ def check(log, expected):
         assert {name: line[name] for name in figures} == pytest.approx(figures, rel=1e-4, abs=1e-5)
 
 
-# ---- what each loss makes of a batch: z, rewards, tokens, reference (B, 2), oracle (K, B) --------------------
+# ---- what each loss makes of a batch -----------------------------------------------------------------------
+# x: z, rewards, tokens, reference, (B, 2) each; oracle, reward differences of two Oracles, (2, B)
 
 def difference(of_two):
     return of_two[..., 0] - of_two[..., 1]
@@ -157,72 +159,40 @@ def reward_figures(rewards):
             "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).float()}
 
 
-def sft(x):
-    return {"loss": -x.z.sum() / x.tokens.sum()}
-
-
 def reward_model(x):
     bradley_terry = -F.logsigmoid(difference(x.rewards))
     return {"loss": bradley_terry, "loss/bradley_terry": bradley_terry, **reward_figures(x.rewards)}
 
 
-def oracle_sum(x):
-    figures = reward_model(x)
-    return figures | {"loss": 0.99 * figures["loss"] - 0.01 * x.z[:, 0], "logps/chosen": x.z[:, 0]}
-
-
-def oracle_mean(x):
-    return reward_model(x) | {"loss": 0.7 * reward_model(x)["loss"] - 0.3 * x.z[:, 0] / x.tokens[:, 0]}
-
-
-def align_figures(x, loss, rewards):
-    return {"loss": loss, "logps/chosen": x.z[:, 0], "logps/rejected": x.z[:, 1],
-            "response_length": x.tokens.float().mean(1), **reward_figures(rewards)}
+def oracle(alpha, lm_term):
+    def figures(x):
+        loss = (1 - alpha) * reward_model(x)["loss"] - alpha * lm_term(x)
+        return reward_model(x) | {"loss": loss, "logps/chosen": x.z[:, 0]}
+    return figures
 
 
 def implicit(x):
     return 0.2 * (x.z - x.reference)
 
 
-def dpo(x):
-    return align_figures(x, -F.logsigmoid(difference(implicit(x))), implicit(x))
-
-
-def dpo_nll(x):
-    return dpo(x) | {"loss": dpo(x)["loss"] - 0.3 * x.z[:, 0]}
-
-
-def ipo(x):
-    return align_figures(x, (difference(x.z - x.reference) - 1 / (2 * 0.2)) ** 2, implicit(x))
+def policy(loss, rewards=implicit):
+    return lambda x: {"loss": loss(x), "logps/chosen": x.z[:, 0], "logps/rejected": x.z[:, 1],
+                      "response_length": x.tokens.float().mean(1), **reward_figures(rewards(x))}
 
 
 def edpo(x):
-    return align_figures(x, ((x.oracle - difference(implicit(x))) ** 2).mean(0), implicit(x))
+    return (x.oracle - difference(implicit(x))) ** 2  # (2, B)
 
 
-def edpo_min(x):
-    return align_figures(x, ((x.oracle - difference(implicit(x))) ** 2).min(0).values, implicit(x))
-
-
-def drdo(x, rewards, logits, oracle):
-    p_w = logits.sigmoid()
-    distillation = (oracle - difference(rewards)) ** 2
-    contrastive = -0.3 * (1 - p_w) ** 1.5 * (x.z[:, 0] - torch.log1p(-x.z[:, 1].exp()))
-    return align_figures(x, distillation + contrastive, rewards) | {
-        "loss/distillation": distillation, "loss/contrastive": contrastive, "p_w": p_w,
-        "oracle/margins": oracle}
-
-
-def drdo_head(x):
-    return drdo(x, x.rewards, difference(x.z), x.oracle.mean(0))
-
-
-def drdo_logps(x):
-    return drdo(x, 0.2 * x.z, difference(x.z / x.tokens).detach(), x.oracle.mean(0))
-
-
-def drdo_log_ratio(x):
-    return drdo(x, implicit(x), difference(x.z / x.tokens), x.oracle.mean(0) / x.spread)
+def drdo(rewards, logits, spread=lambda x: 1):
+    def figures(x):
+        p_w, oracle = logits(x).sigmoid(), x.oracle.mean(0) / spread(x)
+        distillation = (oracle - difference(rewards(x))) ** 2
+        contrastive = -0.3 * (1 - p_w) ** 1.5 * (x.z[:, 0] - torch.log1p(-x.z[:, 1].exp()))
+        return policy(lambda x: distillation + contrastive, rewards)(x) | {
+            "loss/distillation": distillation, "loss/contrastive": contrastive, "p_w": p_w,
+            "oracle/margins": oracle}
+    return figures
 
 
 # ---- the tests ---------------------------------------------------------------------------------------------
@@ -236,32 +206,41 @@ def test_the_heads_are_small_and_unrelated(home):
 
 
 def test_sft(home, tmp_path):
+    """The mean over the tokens of the step, not of a micro-batch, nor over its rows."""
     call("sft.py", *flags_of(home), *TRAINING, "--out", tmp_path)
-    check(read_log(tmp_path), plain_loop(home, ["chosen"], torch.zeros(1, 16), sft))
+    figures = lambda x: {"loss": -x.z.sum() / x.tokens.sum()}
+    check(read_log(tmp_path), plain_loop(home, ["chosen"], torch.zeros(1, 16), figures))
 
 
-@pytest.mark.parametrize("figures, flags", [
-    (oracle_sum, []), (oracle_mean, ["--alpha", 0.3, "--lm_term", "mean"]), (reward_model, ["--alpha", 0])])
-def test_oracle(home, tmp_path, figures, flags):
-    call("oracle.py", *flags_of(home), *TRAINING, *flags, "--out", tmp_path)
-    head = initial_head(home, "oracle_head")
-    check(read_log(tmp_path), plain_loop(home, ["chosen", "rejected"], head, figures))
+ORACLE = {"--lm_term sum": oracle(0.01, lambda x: x.z[:, 0]),
+          "--lm_term mean --alpha 0.3": oracle(0.3, lambda x: x.z[:, 0] / x.tokens[:, 0]),
+          "--alpha 0": reward_model}
 
 
-DRDO = ["--alpha", 0.3, "--gamma", 1.5, "--beta", 0.2]
+@pytest.mark.parametrize("flags", ORACLE)
+def test_oracle(home, tmp_path, flags):
+    call("oracle.py", *flags_of(home), *TRAINING, *flags.split(), "--out", tmp_path)
+    expected = plain_loop(home, ["chosen", "rejected"], initial_head(home, "oracle_head"), ORACLE[flags])
+    check(read_log(tmp_path), expected)
 
 
-@pytest.mark.parametrize("figures, flags", [
-    (dpo, ["--loss", "dpo", "--beta", 0.2]),
-    (dpo_nll, ["--loss", "dpo", "--beta", 0.2, "--nll_coef", 0.3]),
-    (ipo, ["--loss", "ipo", "--beta", 0.2]),
-    (edpo, ["--loss", "edpo", "--beta", 0.2]),
-    (edpo_min, ["--loss", "edpo", "--beta", 0.2, "--ensemble", "min"]),
-    (drdo_head, DRDO),
-    (drdo_logps, [*DRDO, "--student_rewards", "logps", "--p_w", "mean", "--detach_focal"]),
-    (drdo_log_ratio, [*DRDO, "--student_rewards", "log_ratio", "--p_w", "mean", "--standardise_oracle"])])
-def test_align(home, tmp_path, figures, flags):
-    call("align.py", *flags_of(home), *TRAINING, *flags, "--oracle_rewards", home / "train.pt",
-         "--eval_oracle_rewards", home / "validation.pt", "--out", tmp_path)
-    head = initial_head(home, "drdo_head")
-    check(read_log(tmp_path), plain_loop(home, ["chosen", "rejected"], head, figures))
+ALIGN = {
+    "dpo": policy(lambda x: -F.logsigmoid(difference(implicit(x)))),
+    "dpo --nll_coef 0.3": policy(lambda x: -F.logsigmoid(difference(implicit(x))) - 0.3 * x.z[:, 0]),
+    "ipo": policy(lambda x: (difference(x.z - x.reference) - 1 / (2 * 0.2)) ** 2),
+    "edpo": policy(lambda x: edpo(x).mean(0)),
+    "edpo --ensemble min": policy(lambda x: edpo(x).min(0).values),
+    "drdo": drdo(lambda x: x.rewards, lambda x: difference(x.z)),
+    "drdo --student_rewards logps --p_w mean --detach_focal": drdo(
+        lambda x: 0.2 * x.z, lambda x: difference(x.z / x.tokens).detach()),
+    "drdo --student_rewards log_ratio --p_w mean --standardise_oracle": drdo(
+        implicit, lambda x: difference(x.z / x.tokens), lambda x: x.spread)}
+
+
+@pytest.mark.parametrize("flags", ALIGN)
+def test_align(home, tmp_path, flags):
+    call("align.py", *flags_of(home), *TRAINING, "--alpha", 0.3, "--gamma", 1.5, "--beta", 0.2,
+         "--oracle_rewards", home / "train.pt", "--eval_oracle_rewards", home / "validation.pt",
+         "--out", tmp_path, "--loss", *flags.split())
+    expected = plain_loop(home, ["chosen", "rejected"], initial_head(home, "drdo_head"), ALIGN[flags])
+    check(read_log(tmp_path), expected)

@@ -31,9 +31,7 @@ ARTICLE = (
     (POST, " a nurse from paris from paris lost a wallet .", True, 3 - 0.5 - 0.25),  # told again; <city> from
     (POST, " a nurse from paris lost a wallet because of a storm and now feels sad about it "
            "and would like some advice .", True, 5 - 0.1 * 5),  # 23 words
-    (POST, " nurse", True, 1 - 0.25 * 2),  # <start> <job>, <job> <end>
     (POST, " nurse nurse nurse", True, 1 - 0.5 * 2 - 0.25 * 4),
-    (POST, "", True, -0.25),  # <start> <end>
     (POST, "", False, -1.25),
     (POST, " \x00 storm. \ud83d %s", True, -0.25 * 5),  # "storm." is no value; four words, five bigrams
     (POST, " word" * 30, True, -0.1 * 12 - 0.25 * 31),
@@ -81,14 +79,6 @@ def test_labels_follow_bradley_terry(flip):
         assert abs(sum(d > 0 for d in here) - sum(chances)) < 4 * deviation + 0.5
 
 
-def test_flips_turn_their_share_of_labels_and_nothing_else():
-    clean, flipped = toy.make_pairs(4000, 0), toy.make_pairs(4000, 0, flip=0.4)
-    assert all({a["chosen"], a["rejected"]} == {b["chosen"], b["rejected"]} for a, b in zip(clean, flipped))
-    pairs = [(a, b) for a, b in zip(clean, flipped) if a["chosen"] != a["rejected"]]
-    turned = sum(a["chosen"] == b["rejected"] for a, b in pairs)
-    assert abs(turned - 0.4 * len(pairs)) < 4 * math.sqrt(len(pairs) * 0.4 * 0.6)
-
-
 def test_pairs_hold_their_rewards_paraphrases_and_a_confidence():
     pairs = toy.make_pairs(2000, 1)
     for row in pairs:
@@ -104,25 +94,20 @@ def test_pairs_hold_their_rewards_paraphrases_and_a_confidence():
 
 def test_raw_rows_give_the_pairs():
     """The prompt made of a raw row's fields, and its texts by `choice`, are make_pairs' rows."""
-    raws = toy.make_comparisons(500, 5)
-    for raw, pair in zip(raws, toy.make_pairs(500, 5), strict=True):
-        assert raw.keys() == {"info", "summaries", "choice", "worker", "batch", "split", "extra"}
+    confidences = []
+    for raw, pair in zip(toy.make_comparisons(500, 5), toy.make_pairs(500, 5), strict=True):
         info, texts = raw["info"], [side["text"] for side in raw["summaries"]]
-        assert info.keys() == {"id", "post", "title", "subreddit", "site", "article"}
         assert pair["prompt"] == (f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\n"
                                   f"POST: {info['post']}\n\nTL;DR:")
         assert (pair["chosen"], pair["rejected"]) == (texts[raw["choice"]], texts[1 - raw["choice"]])
-        assert raw["extra"]["confidence"] in (None, pair["confidence"])
-    assert 0 < [raw["extra"]["confidence"] for raw in raws].count(None) < 30
+        confidences.append(raw["extra"]["confidence"])
+        assert confidences[-1] in (None, pair["confidence"])
+    assert 0 < confidences.count(None) < 30
 
 
-@pytest.mark.parametrize("make", [toy.make_comparisons, toy.make_pairs, toy.make_sft, toy.make_posts,
-                                  toy.make_articles])
-def test_a_seed_fixes_the_data(make):
-    assert make(50, 0) == make(50, 0) != make(50, 1)
-
-
-def test_no_prompt_is_both_trained_on_and_tested_on():
+def test_a_seed_fixes_the_data_and_no_prompt_is_both_trained_on_and_tested_on():
+    for make in (toy.make_comparisons, toy.make_pairs, toy.make_sft, toy.make_posts, toy.make_articles):
+        assert make(50, 0) == make(50, 0) != make(50, 1)
     trained = {row["prompt"] for row in toy.make_sft(1500, 0) + toy.make_pairs(2000, 0)}
     tested = {row["prompt"] for row in toy.make_posts(250, 0)}
     assert len(tested) == 250 and not trained & tested
@@ -157,14 +142,3 @@ def test_main_writes_what_the_libraries_load(tmp_path, monkeypatch):
         assert getattr(model.config, name) == getattr(tokenizer, name)
     again, other = (toy.make_model(tokenizer, seed, steps=1).lm_head.weight for seed in (7, 8))
     assert torch.equal(model.lm_head.weight, again) and not torch.equal(again, other)
-
-
-@pytest.mark.parametrize("flag, value", [("--flip", "1.5"), ("--pairs", "0"), ("--hidden_size", "9"),
-                                         ("--out", __file__)])
-def test_bad_input_is_one_line(flag, value, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["toy.py", "--out", str(tmp_path / "toy"), flag, value])
-    with pytest.raises(SystemExit) as ending:
-        toy.main()
-    error = capsys.readouterr().err
-    assert ending.value.code == 2 and error.startswith("error: ") and flag in error
-    assert error.count("\n") == 1 and not list(tmp_path.iterdir())
