@@ -1,5 +1,6 @@
 """Shared by the tests: they run stages in this process or as programs, have a process group of one process,
 and a server that judges."""
+import hashlib
 import importlib
 import json
 import multiprocessing.connection
@@ -61,6 +62,17 @@ def command_line(script, flags):
     if script in ("sft.py", "oracle.py", "align.py", "generate.py") and "--dtype" not in flags:
         flags = *flags, "--dtype", "fp32"
     return [script, *map(str, flags)]
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def save_rewards(path, data, rewards, oracles=("a", "b")):
+    """Writes the rewards.pt of the pairs in `data`: rewards (K, N, 2)."""
+    chosen, rejected = rewards.unbind(2)
+    torch.save({"chosen": chosen, "rejected": rejected, "oracles": list(oracles),
+                "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest()}, path)
 
 
 def free_port():

@@ -34,10 +34,7 @@ def imports(script):
         node.module for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
-def test_stages_share_losses_alone():
+def test_stages_share_losses_alone_and_losses_needs_torch_alone():
     for stage in STAGES:
         assert not imports(stage) & set(STAGES), stage
-
-
-def test_losses_needs_torch_alone():
     assert {module.split(".")[0] for module in imports("losses")} == {"torch"}

@@ -1,10 +1,9 @@
 """generate.py by its output: a policy that draws each token from a distribution that is known."""
-import json
 from collections import Counter
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, read_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import toy
@@ -39,7 +38,7 @@ def write_policy(folder, **decoding):
 
 def generations(folder, *flags):
     call("generate.py", "--model", folder, "--prompts", folder / "prompts.jsonl", *flags)
-    return [json.loads(line) for line in open(folder / "generations.jsonl")]
+    return read_jsonl(folder / "generations.jsonl")
 
 
 def test_sampling_is_top_p_at_each_temperature(tmp_path):
@@ -77,23 +76,21 @@ def test_a_response_ends_at_each_of_the_policys_ends(tmp_path):
         assert row["tokens"] < 12 if row["eos"] else row["tokens"] == 12
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ([], PROMPTS[:9]), (["--num_prompts", 5], PROMPTS[:5]), (["--num_prompts", 99], PROMPTS[:9])])
-def test_the_first_prompts_once_each(tmp_path, flags, expected):
+@pytest.mark.parametrize("num_prompts, taken", [(0, 9), (5, 5), (99, 9)])
+def test_the_first_prompts_once_each(tmp_path, num_prompts, taken):
     write_policy(tmp_path)
     rows = [{"prompt": PROMPTS[i], "id": i} for i in (0, 0, 1, 2, 1, 3, 4, 5, 6, 7, 8, 0)]
     toy.write_jsonl(tmp_path / "prompts.jsonl", rows)
-    rows = generations(tmp_path, *flags, "--temperature", 0, "--max_new_tokens", 2)
-    assert [row["prompt"] for row in rows] == expected
-    assert [PROMPTS[row["id"]] for row in rows] == expected
+    rows = generations(tmp_path, "--num_prompts", num_prompts, "--temperature", 0, "--max_new_tokens", 2)
+    assert [(row["prompt"], row["id"]) for row in rows] == [(PROMPTS[i], i) for i in range(taken)]
 
 
 def test_prompts_leave_room_for_their_response(tmp_path):
     write_policy(tmp_path)
     toy.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
-    lengths = [1 + len(prompt.split()) for prompt in PROMPTS]
-    longest = sorted(lengths)[20]
-    kept = [prompt for prompt, length in zip(PROMPTS, lengths) if length <= longest]
+    longest = sorted(len(prompt.split()) for prompt in PROMPTS)[20]
+    kept = [prompt for prompt in PROMPTS if len(prompt.split()) <= longest]
+    longest += 1  # BOS
     for flags in (["--max_length", longest + 9, "--max_new_tokens", 9], ["--max_new_tokens", 160 - longest]):
         rows = generations(tmp_path, "--temperature", 0, *flags)
         assert [row["prompt"] for row in rows] == kept != PROMPTS

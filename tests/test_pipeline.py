@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import call, run, together
+from conftest import call, read_jsonl, run, together
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -15,10 +15,6 @@ import toy
 
 TRAINING = ["--batch_size", 16, "--micro_batch_size", 4, "--warmup_steps", 2, "--log_steps", 1]
 LIMIT = 190  # tokens; some texts have more for the reward model, which reads pieces of words
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in open(path)]
 
 
 def read_log(folder, key="loss"):
@@ -155,9 +151,8 @@ def test_an_ensemble_orders_pairs_without_labels(lab, tmp_path, capsys):
     for margin in torch.where(swapped, -margins, margins)[:, scored]:
         assert f"chosen above rejected in {(margin > 0).float().mean():.3f} of pairs, margin " \
                f"{margin.mean():.3f} (std {margin.std():.3f})" in printed
-    call(*align_flags(lab, "drdo"), "--data", tmp_path / "labelled.jsonl", "--eval_data", "",
-         "--oracle_rewards", tmp_path / "rewards.pt", "--max_steps", 1, "--out", tmp_path / "out")
-    assert json.load(open(tmp_path / "out" / "args.json"))["oracles"] == known["oracles"]
+    call(*align_flags(lab, "drdo", tmp_path / "rewards.pt"), "--data", tmp_path / "labelled.jsonl",
+         "--eval_data", "", "--max_steps", 1, "--out", tmp_path / "out")
 
 
 def test_a_policy_with_its_head_inside_is_a_reward_model(lab, tmp_path):
@@ -172,10 +167,9 @@ def test_a_policy_with_its_head_inside_is_a_reward_model(lab, tmp_path):
     shutil.copytree(run_folder, student)
     save_file(policy | head, student / "model.safetensors", {"format": "pt"})
     call("precompute_rewards.py", "--oracle", student, "--data", lab / "validation.jsonl", "--out", scores)
-    for key, rewards in load_rewards(scores).items():
-        if key in ("chosen", "rejected"):
-            logged = read_log(run_folder, f"eval_rewards/{key}")[-1]
-            assert rewards.mean().item() == pytest.approx(logged, rel=1e-4, abs=1e-5)
+    for key in ("chosen", "rejected"):
+        logged = read_log(run_folder, f"eval_rewards/{key}")[-1]
+        assert load_rewards(scores)[key].mean().item() == pytest.approx(logged, rel=1e-4, abs=1e-5)
 
 
 # ---- processes, --resume -----------------------------------------------------------------------------------
@@ -246,17 +240,12 @@ def test_bf16_and_zero_2_on_two_processes(lab, tmp_path):
     bf16 = [*flags, "--dtype", "bf16"]
     call(*flags, "--out", tmp_path / "fp32")
     stop_while_saving(bf16, tmp_path / "bf16", processes=2)
-    run(*bf16, "--out", tmp_path / "bf16", "--resume", processes=2, launcher=True)
+    run("align.py", "--out", tmp_path / "bf16", "--resume", "--dtype", "bf16", processes=2, launcher=True)
     assert json.load(open(tmp_path / "bf16" / "args.json"))["dtype"] == "bf16"
     fp32, bf16 = read_log(tmp_path / "fp32"), read_log(tmp_path / "bf16")
     assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.03)
-    start, weights, expected = (load_file(folder / "model.safetensors")
-                                for folder in (lab / "sft", tmp_path / "bf16", tmp_path / "fp32"))
+    weights = load_file(tmp_path / "bf16" / "model.safetensors")
     assert all(weight.dtype == torch.float32 for weight in weights.values())
-    moved = [sum((end[name] - start[name]).abs().sum().item() for name in start)
-             for end in (weights, expected)]
-    assert moved[0] == pytest.approx(moved[1], rel=0.05)
-
     call("precompute_rewards.py", *score_flags(lab), "--dtype", "bf16", "--out", tmp_path / "bf16.pt")
     rewards, expected = (load_rewards(path)["chosen"] for path in (tmp_path / "bf16.pt", lab / "rewards.pt"))
     assert rewards.dtype == torch.float32 and not torch.equal(rewards, expected)
@@ -278,7 +267,7 @@ def test_scores_and_generations_do_not_depend_on_the_number_of_processes(lab, tm
     rows = read_jsonl(tmp_path / "one.jsonl")
     keys = "prompt", "confidence", "generator", "temperature"
     assert len(rows) == len(expected) and {tuple(row[key] for key in keys) for row in rows} == expected
-    assert not any("chosen" in row for row in rows)
+    assert not any(row.keys() & {"chosen", "rejected"} for row in rows)
     tokenizer, model = load_lm(lab / "sft")
     for row in rows[:6:2]:  # temperature 0 is the argmax at each step, one prompt at a time
         ids = [tokenizer.bos_token_id] + tokenizer(row["prompt"]).input_ids

@@ -1,5 +1,4 @@
 """The stages' functions one by one: how text becomes tokens, the pairs of each step, their rewards."""
-import hashlib
 import json
 import math
 from argparse import Namespace
@@ -7,6 +6,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from conftest import save_rewards
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
@@ -130,12 +130,13 @@ def test_equal_rewards_are_no_win():
 @pytest.fixture
 def split(tmp_path, process_group):
     """load_split of 30 pairs and the rewards of two Oracles: row i has i and -i; the second lacks row 7."""
-    rows, data, scores = toy.make_pairs(30, 5), tmp_path / "pairs.jsonl", tmp_path / "rewards.pt"
+    rows = toy.make_pairs(30, 5)
+    data, scores = tmp_path / "pairs.jsonl", tmp_path / "rewards.pt"
     toy.write_jsonl(data, rows)
-    sha256 = hashlib.sha256(data.read_bytes()).hexdigest()
-    chosen = torch.arange(30.0)[None].repeat(2, 1)
-    chosen[1, 7] = math.nan
-    torch.save({"chosen": chosen, "rejected": -chosen, "data_sha256": sha256, "oracles": ["a", "b"]}, scores)
+    rewards = torch.arange(30.0)[:, None] * torch.tensor([1.0, -1.0])  # (N, 2)
+    rewards = rewards.repeat(2, 1, 1)
+    rewards[1, 7, 0] = math.nan
+    save_rewards(scores, data, rewards)
     tokenizer, lm = toy.make_tokenizer(), Namespace(config=Namespace())
     return rows, lambda args, limit=0: align.load_split(str(data), scores, tokenizer, lm, args, limit)
 

@@ -3,15 +3,13 @@ model's own forward on prompt + response alone, one response after the other.
 
 In the four steps of 8 pairs, in micro-batches of 2, are two epochs, warm-up, decay and clipping. Every figure
 of every step agrees, and the held-out ones after the last."""
-import hashlib
-import json
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call
+from conftest import call, read_jsonl, save_rewards
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,19 +35,15 @@ def home(tmp_path_factory):
     model.save_pretrained(home / "model")
     for name, rows, seed in ("train", 32, 1), ("validation", 12, 2):
         pairs = [pair for pair in toy.make_pairs(2 * rows, seed) if pair["chosen"] != pair["rejected"]]
-        toy.write_jsonl(home / f"{name}.jsonl", pairs[:rows])
-        save_rewards(home, name, torch.randn(2, rows, 2, generator=torch.Generator().manual_seed(seed)))
+        data = home / f"{name}.jsonl"
+        toy.write_jsonl(data, pairs[:rows])
+        rewards = torch.randn(2, rows, 2, generator=torch.Generator().manual_seed(seed))
+        save_rewards(home / f"{name}.pt", data, rewards)
     still = [*flags_of(home), *TRAINING, "--max_steps", 1, "--learning_rate", 1e-30, "--eval_data", ""]
     call("oracle.py", *still, "--out", home / "oracle_head")
     call("oracle.py", *still, "--seed", 6, "--out", home / "other_oracle_head")
     call("align.py", *still, "--oracle_rewards", home / "train.pt", "--out", home / "drdo_head")
     return home
-
-
-def save_rewards(home, name, rewards, oracles=("a", "b")):
-    sha256 = hashlib.sha256((home / f"{name}.jsonl").read_bytes()).hexdigest()
-    columns = dict(zip(("chosen", "rejected"), rewards.unbind(-1)))
-    torch.save(columns | {"oracles": [*oracles], "data_sha256": sha256}, home / f"{name}.pt")
 
 
 def flags_of(home):
@@ -63,60 +57,51 @@ def initial_head(home, name):
     return load_file(home / name / file)["score.weight"]
 
 
-def read_log(folder):
-    return [json.loads(line) for line in open(folder / "log.jsonl")]
-
-
 # ---- the plain loop ----------------------------------------------------------------------------------------
 
-class Data:
-    """The rows of a file that fit, as lists [prompt, response, ...] of ids, with their rewards, (K, N, 2)."""
+def read_pairs(home, name, keys, limit=None):
+    """The rows that fit, as lists [prompt, response, ...] of ids, and their reward differences, (K, N)."""
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    ids = lambda text: tokenizer(text).input_ids  # of words alone: it adds no special token
+    rewards = torch.load(home / f"{name}.pt")
+    pairs, fitting = [], []
+    for number, row in enumerate(read_jsonl(home / f"{name}.jsonl")[:limit]):
+        prompt = [tokenizer.bos_token_id] + ids(row["prompt"])
+        responses = [ids(row[key]) + [tokenizer.eos_token_id] for key in keys]
+        if len(prompt) + max(map(len, responses)) <= POSITIONS:
+            pairs.append([prompt, *responses])
+            fitting.append(number)
+    return pairs, (rewards["chosen"] - rewards["rejected"])[:, fitting]
 
-    def __init__(self, home, name, keys, limit=None):
-        tokenizer = AutoTokenizer.from_pretrained(home / "model")
-        ids = lambda text: tokenizer(text).input_ids  # of words alone: it adds no special token
-        rewards = torch.load(home / f"{name}.pt")
-        self.rows, fitting = [], []
-        for number, line in enumerate(open(home / f"{name}.jsonl")):
-            row = json.loads(line)
-            prompt = [tokenizer.bos_token_id] + ids(row["prompt"])
-            responses = [ids(row[key]) + [tokenizer.eos_token_id] for key in keys]
-            if number < (limit or 1000) and len(prompt) + max(map(len, responses)) <= POSITIONS:
-                self.rows.append([prompt, *responses])
-                fitting.append(number)
-        self.oracle = torch.stack([rewards["chosen"], rewards["rejected"]], -1)[:, fitting]
-        self.tokens = torch.tensor([[len(part) for part in row[1:]] for row in self.rows])
 
-    def score(self, model, head, rows):
-        """(log pi(y|x), rewards) of the rows' responses, (B, R) each, one forward pass a response."""
-        logps, rewards = [], []
-        for prompt, *responses in (self.rows[i] for i in rows):
-            for response in responses:
-                ids = torch.tensor([prompt + response])
-                output = model(ids, output_hidden_states=True)
-                of_next = output.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])  # (T - 1, 1)
-                logps.append(of_next[len(prompt) - 1:].sum())
-                rewards.append(output.hidden_states[-1][0, -1] @ head[0])
-        shape = len(rows), len(responses)
-        return torch.stack(logps).view(shape), torch.stack(rewards).view(shape)
+def score(model, head, pairs):
+    """(log pi(y|x), rewards, tokens) of the pairs' responses, (B, R) each, one forward pass a response."""
+    scores = []
+    for prompt, *responses in pairs:
+        for response in responses:
+            ids = torch.tensor([prompt + response])
+            output = model(ids, output_hidden_states=True)
+            of_next = output.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])  # (T - 1, 1)
+            reward = output.hidden_states[-1][0, -1] @ head[0]
+            scores.append(torch.stack([of_next[len(prompt) - 1:].sum(), reward, torch.tensor(len(response))]))
+    return torch.stack(scores).view(len(pairs), len(responses), 3).unbind(2)
 
 
 def plain_loop(home, keys, head, figures_of):
     """The log of four steps, and of the evaluation that follows. figures_of(z, rewards, tokens, reference,
     oracle, spread) gives the figures of B pairs, (B,) each or a mean, `loss` among them."""
     model = AutoModelForCausalLM.from_pretrained(home / "model", dtype=torch.float32)
-    train, held_out = Data(home, "train", keys), Data(home, "validation", keys, EVAL_ROWS)
-    size = len(train.rows)
-    assert 16 < size < 24 and 3 < len(held_out.rows) < EVAL_ROWS  # two steps an epoch; both files lose rows
-    spread = difference(train.oracle).mean(0).std()
+    train, train_oracle = read_pairs(home, "train", keys)
+    held_out, held_out_oracle = read_pairs(home, "validation", keys, EVAL_ROWS)
+    assert 16 < len(train) < 24 and 3 < len(held_out) < EVAL_ROWS  # two steps an epoch; both files lose rows
+    spread = train_oracle.mean(0).std()
     with torch.no_grad():
-        references = [data.score(model, head, range(len(data.rows)))[0] for data in (train, held_out)]
+        reference, held_out_reference = (score(model, head, pairs)[0] for pairs in (train, held_out))
 
-    def figures(data, reference, rows):
-        z, rewards = data.score(model, head, rows)
-        named = dict(z=z, rewards=rewards, tokens=data.tokens[rows], reference=reference[rows],
-                     oracle=difference(data.oracle[:, rows]), spread=spread)
-        return figures_of(Namespace(**named))
+    def figures(pairs, reference, oracle):
+        z, rewards, tokens = score(model, head, pairs)
+        return figures_of(Namespace(z=z, rewards=rewards, tokens=tokens, reference=reference, oracle=oracle,
+                                    spread=spread))
 
     parameters = [*model.parameters(), head.requires_grad_()]
     optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 2.0},
@@ -124,8 +109,8 @@ def plain_loop(home, keys, head, figures_of):
     log = []
     for step, rate in enumerate(RATES, 1):
         epoch, half = divmod(step - 1, 2)
-        batch = np.random.default_rng((SEED, epoch)).permutation(size)[8 * half:][:8]
-        values = figures(train, references[0], batch)
+        batch = np.random.default_rng((SEED, epoch)).permutation(len(train))[8 * half:][:8]
+        values = figures([train[i] for i in batch], reference[batch], train_oracle[:, batch])
         optimizer.zero_grad()
         values["loss"].mean().backward()
         for group in optimizer.param_groups:
@@ -133,16 +118,16 @@ def plain_loop(home, keys, head, figures_of):
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         log.append({name: value.mean().item() for name, value in values.items()}
-                   | {"grad_norm": norm.item(), "learning_rate": rate, "epoch": step * 8 / size})
+                   | {"grad_norm": norm.item(), "learning_rate": rate, "epoch": step * 8 / len(train)})
     with torch.no_grad():
-        values = figures(held_out, references[1], range(len(held_out.rows)))
+        values = figures(held_out, held_out_reference, held_out_oracle)
     return log + [{f"eval_{name}": value.mean().item() for name, value in values.items()}]
 
 
-def check(log, expected):
+def check(folder, expected):
     """Where the policy is its own reference, rounding decides which of two implicit rewards is higher."""
     expected[0].pop("rewards/accuracies", None)
-    for line, figures in zip(log, expected, strict=True):
+    for line, figures in zip(read_jsonl(folder / "log.jsonl"), expected, strict=True):
         assert {name: line[name] for name in figures} == pytest.approx(figures, rel=1e-4, abs=1e-5)
 
 
@@ -177,7 +162,7 @@ def implicit(x):
 
 def policy(loss, rewards=implicit):
     return lambda x: {"loss": loss(x), "logps/chosen": x.z[:, 0], "logps/rejected": x.z[:, 1],
-                      "response_length": x.tokens.float().mean(1), **reward_figures(rewards(x))}
+                      "response_length": x.tokens.mean(1), **reward_figures(rewards(x))}
 
 
 def edpo(x):
@@ -209,7 +194,7 @@ def test_sft(home, tmp_path):
     """The mean over the tokens of the step, not of a micro-batch, nor over its rows."""
     call("sft.py", *flags_of(home), *TRAINING, "--out", tmp_path)
     figures = lambda x: {"loss": -x.z.sum() / x.tokens.sum()}
-    check(read_log(tmp_path), plain_loop(home, ["chosen"], torch.zeros(1, 16), figures))
+    check(tmp_path, plain_loop(home, ["chosen"], torch.zeros(1, 16), figures))
 
 
 ORACLE = {"--lm_term sum": oracle(0.01, lambda x: x.z[:, 0]),
@@ -221,7 +206,7 @@ ORACLE = {"--lm_term sum": oracle(0.01, lambda x: x.z[:, 0]),
 def test_oracle(home, tmp_path, flags):
     call("oracle.py", *flags_of(home), *TRAINING, *flags.split(), "--out", tmp_path)
     expected = plain_loop(home, ["chosen", "rejected"], initial_head(home, "oracle_head"), ORACLE[flags])
-    check(read_log(tmp_path), expected)
+    check(tmp_path, expected)
 
 
 ALIGN = {
@@ -243,4 +228,4 @@ def test_align(home, tmp_path, flags):
          "--oracle_rewards", home / "train.pt", "--eval_oracle_rewards", home / "validation.pt",
          "--out", tmp_path, "--loss", *flags.split())
     expected = plain_loop(home, ["chosen", "rejected"], initial_head(home, "drdo_head"), ALIGN[flags])
-    check(read_log(tmp_path), expected)
+    check(tmp_path, expected)

@@ -48,15 +48,12 @@ def test_true_reward_of_hand_written_summaries(prompt, response, eos, reward):
         assert toy.true_reward(row) == pytest.approx(reward, abs=1e-9)
 
 
-def test_author_facts_are_those_that_the_document_was_made_of():
-    rng = random.Random(0)
-    for article in (False, True):
-        for facts in (1, 3, 5):
-            for doc in [toy.make_document(rng, article, facts) for _ in range(100)]:
-                assert len(doc["facts"]) == facts and toy.author_facts(doc["prompt"]) == doc["facts"]
-
-
 def test_gold_summaries_get_the_maximum_and_the_writers_do_not():
+    rng = random.Random(0)
+    for article in (False, True):  # the facts are those that the document was made of
+        for facts in (1, 3, 5) * 50:
+            doc = toy.make_document(rng, article, facts)
+            assert len(doc["facts"]) == facts and toy.author_facts(doc["prompt"]) == doc["facts"]
     rewards = lambda rows: [toy.true_reward({"prompt": prompt, "response": text}) for prompt, text in rows]
     gold = [(row["prompt"], row["label"]) for row in toy.make_posts(300, 0)]
     gold += [(f"Article: {row['article']}\n\nTL;DR:", row["highlights"]) for row in toy.make_articles(300, 0)]
@@ -79,17 +76,16 @@ def test_labels_follow_bradley_terry(flip):
         assert abs(sum(d > 0 for d in here) - sum(chances)) < 4 * deviation + 0.5
 
 
-def test_pairs_hold_their_rewards_paraphrases_and_a_confidence():
+def test_pairs_hold_their_rewards_and_a_confidence_that_follows_them():
+    differences = []
     pairs = toy.make_pairs(2000, 1)
     for row in pairs:
-        for key in ("chosen", "rejected"):
-            assert row[f"{key}_reward"] == toy.true_reward({"prompt": row["prompt"], "response": row[key]})
-    paraphrases = [row for row in pairs if row["chosen_reward"] == row["rejected_reward"]]
-    assert 0.05 < sum(row["chosen"] != row["rejected"] for row in paraphrases) / 2000 < 0.25
-    columns = torch.tensor([[abs(row["chosen_reward"] - row["rejected_reward"]), row["confidence"]]
-                            for row in pairs]).T
-    assert set(columns[1].tolist()) == set(range(1, 10))
-    assert 0.7 < torch.corrcoef(columns)[0, 1] < 0.98  # strong, yet with noise
+        chosen, rejected = (toy.true_reward(row | {"response": row[key]}) for key in ("chosen", "rejected"))
+        assert (row["chosen_reward"], row["rejected_reward"]) == (chosen, rejected)
+        differences.append(abs(chosen - rejected))
+    confidences = [row["confidence"] for row in pairs]
+    assert set(confidences) == set(range(1, 10))
+    assert 0.7 < torch.corrcoef(torch.tensor([differences, confidences]))[0, 1] < 0.98
 
 
 def test_raw_rows_give_the_pairs():
