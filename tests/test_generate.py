@@ -47,12 +47,14 @@ def test_sampling_is_top_p_at_each_temperature(tmp_path):
     toy.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     flags = ["--temperature", 1, 0.5, "--max_new_tokens", 40, "--micro_batch_size", 8]
     rows = generations(tmp_path, *flags)
+    expected = [(prompt, temperature) for prompt in PROMPTS for temperature in (0.5, 1.0)]
+    assert [(row["prompt"], row["temperature"]) for row in rows] == expected
     for temperature, shares in SHARES.items():
         responses = [row["response"] for row in rows if row["temperature"] == temperature]
         drawn = 40 * len(PROMPTS)
         counts = Counter(" ".join(responses).split())
         counts["<unk>"] += drawn - counts.total()
-        assert counts.keys() == shares.keys() and len(responses) == len(PROMPTS)
+        assert counts.keys() == shares.keys()
         for word, share in shares.items():
             assert abs(counts[word] - drawn * share) < 5 * (drawn * share * (1 - share)) ** 0.5
     assert all(row["tokens"] == 40 and not row["eos"] for row in rows)
@@ -78,11 +80,15 @@ def test_a_response_ends_at_each_of_the_policys_ends(tmp_path):
 
 @pytest.mark.parametrize("num_prompts, taken", [(0, 9), (5, 5), (99, 9)])
 def test_the_first_prompts_once_each(tmp_path, num_prompts, taken):
+    """What the prompt's row carried travels along, but for a pair's responses."""
     write_policy(tmp_path)
-    rows = [{"prompt": PROMPTS[i], "id": i} for i in (0, 0, 1, 2, 1, 3, 4, 5, 6, 7, 8, 0)]
+    rows = [{"prompt": PROMPTS[i], "id": i, "chosen": " a", "rejected": " b"}
+            for i in (0, 0, 1, 2, 1, 3, 4, 5, 6, 7, 8, 0)]
     toy.write_jsonl(tmp_path / "prompts.jsonl", rows)
     rows = generations(tmp_path, "--num_prompts", num_prompts, "--temperature", 0, "--max_new_tokens", 2)
     assert [(row["prompt"], row["id"]) for row in rows] == [(PROMPTS[i], i) for i in range(taken)]
+    own = {"response", "temperature", "generator", "tokens", "eos"}
+    assert all(row.keys() == {"prompt", "id"} | own and row["generator"] == str(tmp_path) for row in rows)
 
 
 def test_prompts_leave_room_for_their_response(tmp_path):
