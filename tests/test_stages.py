@@ -110,7 +110,8 @@ def test_batches_and_warm_up_suit_the_run(process_group, capsys):
     assert plan(np.arange(99), batch_size=12, processes=4)[1].micro_batch_size == 3
     steps, args = plan(np.arange(234), batch_size=64, max_steps=None, epochs=1)
     assert len(steps) == 3 and args.warmup_steps == 0
-    assert len(plan(np.arange(64), batch_size=64, max_steps=None, epochs=0.5)[0]) == 1
+    for epochs, num_steps in ((0.1, 1), (0.7, 2), (2.5, 10)):
+        assert len(plan(np.arange(128), batch_size=32, max_steps=None, epochs=epochs)[0]) == num_steps
     assert plan(np.arange(99), max_steps=5000)[1].warmup_steps == 100
     for max_steps, warned in ((123, False), (124, True)):  # 99 pairs are 12.4 batches
         capsys.readouterr()
