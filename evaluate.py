@@ -426,7 +426,7 @@ def read_responses(args, notes):
 
 def read_generations(path, with_references):
     """Yields (line, kind, row) of each response that is compared."""
-    for line, row in read_texts(path, ["prompt", "response", "generator"]):
+    for line, row in read_text_rows(path, ["prompt", "response", "generator"]):
         if not (isinstance(row.get("temperature"), (int, float)) and abs(row["temperature"]) < np.inf):
             fail(f"{path}, line {line}: no `temperature` number; every row needs one")
         yield line, "response", row
@@ -437,7 +437,7 @@ def read_generations(path, with_references):
 def read_labelled_pairs(path, notes):
     """The same of pairs that people labelled: the generators are `chosen` and `rejected`."""
     line = ties = 0
-    for line, row in read_texts(path, ["prompt", "chosen", "rejected"]):
+    for line, row in read_text_rows(path, ["prompt", "chosen", "rejected"]):
         if row.get("tie"):
             ties += 1
             continue
@@ -612,7 +612,7 @@ def read_log(folder):
     return log
 
 
-def read_texts(path, keys):
+def read_text_rows(path, keys):
     """The same as read_rows. It also refuses rows without text under `keys`; `prompt` may be messages."""
     for number, row in read_rows(path, keys):
         for key in keys:

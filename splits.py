@@ -555,7 +555,8 @@ def write_files(files, args, store):
 
 def fail(message):
     """Ends the program on bad input: one line on stderr, exit status 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    line = " ".join(str(message).split())
+    tqdm.write(f"error: {line}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 

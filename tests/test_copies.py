@@ -23,7 +23,7 @@ def test_copies_are_identical():
             if name not in ITS_OWN:
                 copies[name, stage in VARIANTS.get(name, ())][stage] = "\n".join(text)
     shared = {name: set(texts.values()) for name, texts in copies.items() if len(texts) > 1}
-    for name in ("fail", "Rows", "encode_prompt", "pair_mask", "collate", "PairModel", "plan_steps"):
+    for name in ("fail", "Rows", "encode", "pair_mask", "collate", "PairModel", "plan_steps"):
         assert (name, False) in shared
     assert [name for name, texts in shared.items() if len(texts) > 1] == []
 

@@ -275,19 +275,3 @@ def test_temperature_0_is_the_argmax_at_each_step(lab, tmp_path):
             ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
         assert tokenizer.decode(ids[-written:], skip_special_tokens=True) == row["response"]
         assert (ids[-1] == tokenizer.eos_token_id) == row["eos"]
-
-
-def test_a_chat_templates_answers_to_text_begin_with_a_space(lab, tmp_path):
-    """As in a preference file, where prompt + response is the text. Answers to messages do not."""
-    tokenizer, model = load_lm(lab / "sft")
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(tmp_path), model.save_pretrained(tmp_path)
-    text, prompts = read_jsonl(lab / "validation.jsonl")[0]["prompt"], tmp_path / "prompts.jsonl"
-    messages = [{"role": "user", "content": text}]
-    toy.write_jsonl(prompts, [{"prompt": text}, {"prompt": messages}])
-    run("generate.py", "--model", tmp_path, "--prompts", prompts, "--temperature", 0, "--max_new_tokens", 9)
-    ids = torch.tensor([[tokenizer.bos_token_id] + tokenizer(text, add_special_tokens=False).input_ids])
-    output = model.generate(ids, max_new_tokens=9, do_sample=False)[0, ids.shape[1]:]  # HF's own
-    answer = tokenizer.decode(output, skip_special_tokens=True)
-    responses = [row["response"] for row in read_jsonl(tmp_path / "generations.jsonl")]
-    assert answer and responses == [" " + answer, answer]
