@@ -47,7 +47,7 @@ def lab(tmp_path_factory):
     training = [*data_flags(lab), *TRAINING, "--learning_rate", 3e-3]
     call("sft.py", "--model", lab / "base", *training, "--max_steps", 20, "--out", lab / "sft")
     call("oracle.py", "--model", lab / "sft", *training, "--max_steps", 10, "--out", lab / "oracle")
-    call("oracle.py", "--model", lab / "pieces", *training, "--max_steps", 6, "--alpha", 0,
+    call("oracle.py", "--model", lab / "pieces", *training, "--max_steps", 12, "--alpha", 0,
          "--out", lab / "reward_model")
     call("precompute_rewards.py", *score_flags(lab), "--out", lab / "rewards.pt")
     call("precompute_rewards.py", *ensemble_flags(lab), "--out", lab / "ensemble.pt")
@@ -84,7 +84,7 @@ def own_rewards(folder, texts):
     tokenizer, lm = load_lm(folder)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder)
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    ids = [bos + tokenizer(prompt).input_ids + tokenizer(response).input_ids + eos
+    ids = [bos + tokenizer(prompt + response, split_special_tokens=True).input_ids + eos
            for prompt, response in texts]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
     hidden = lm(**batch, output_hidden_states=True).hidden_states[-1]
@@ -135,7 +135,7 @@ def test_an_ensemble_orders_pairs_without_labels(lab, tmp_path, capsys):
     margins = known["chosen"] - known["rejected"]
     swapped = margins.mean(0) < 0
     scored = margins.isfinite().all(0)
-    assert swapped.sum() > 2 and (swapped != (margins[0] < 0))[scored].any()
+    assert swapped.sum() >= 2 and (swapped != (margins[0] < 0))[scored].any()
     call("precompute_rewards.py", *ensemble_flags(lab), "--relabel", tmp_path / "labelled.jsonl",
          "--out", tmp_path / "rewards.pt")
     printed = capsys.readouterr().out
@@ -273,5 +273,5 @@ def test_temperature_0_is_the_argmax_at_each_step(lab, tmp_path):
         written = row["tokens"] + row["eos"]
         for _ in range(written):
             ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        assert tokenizer.decode(ids[-written:], skip_special_tokens=True) == row["response"]
+        assert " " + tokenizer.decode(ids[-written:], skip_special_tokens=True) == row["response"]
         assert (ids[-1] == tokenizer.eos_token_id) == row["eos"]
