@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # One would have sworn that a 4D boolean attention mask (True: may look) means the same to every attention
-# implementation, or is refused where it does not. In transformers 5.23.0 sdpa masks with it, but eager adds it to the
-# scores as the numbers 1 and 0: nothing is hidden, not even the future, and nothing is raised. Whoever packs a prompt
-# with its chosen and rejected answer in one row by such a mask gets a model that reads ahead as soon as attention is
-# eager (asked for, or because attention weights are wanted). The same mask as floats (0 and the smallest number) is
-# right in both.
+# implementation, or is refused where it does not. In transformers 5.23.0 sdpa masks with it, but eager adds
+# it to the scores as the numbers 1 and 0: nothing is hidden, not even the future, and nothing is raised.
+# Whoever packs a prompt with its chosen and rejected answer in one row by such a mask gets a model that
+# reads ahead as soon as attention is eager (asked for, or because attention weights are wanted). The same
+# mask as floats (0 and the smallest number) is right in both.
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install -q --disable-pip-version-check torch==2.13.0 transformers==5.23.0
+"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0 transformers==5.23.0
 cd "$dir"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 "$dir/venv/bin/python" - <<'PY'
@@ -33,10 +33,12 @@ for attention, mask, name in (("sdpa", see, "bool"), ("sdpa", floats, "float"),
         attn_implementation=attention)).eval()
     with torch.no_grad():
         logits = model(ids, position_ids=positions, attention_mask=mask).logits
-        ahead = (logits - model(other, position_ids=positions, attention_mask=mask).logits)[:, :-1].abs().max()
+        changed = model(other, position_ids=positions, attention_mask=mask).logits
+        ahead = (logits - changed)[:, :-1].abs().max()
         alone = model(torch.cat([ids[:, :3], ids[:, 6:]], 1)).logits[:, 3:]
         error = (logits[:, 6:] - alone).abs().max()
-    print(f"{attention}, {name} mask: rejected logits off by {error:.1e}, earlier logits follow the last token by {ahead:.1e}")
+    print(f"{attention}, {name} mask: rejected logits off by {error:.1e}, "
+          f"earlier logits follow the last token by {ahead:.1e}")
     wrong = attention == "eager" and name == "bool"
     assert (error > 1e-2 and ahead > 1e-3) if wrong else (error < 1e-5 and ahead == 0)
 PY

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# One would have sworn that a saved tokenizer is tokenizer.json and tokenizer_config.json. In transformers 5.23.0
-# AutoTokenizer also asks config.json, the model's: its model_type picks a class that puts its own splitting rule in
-# the place of the one in tokenizer.json. A tokenizer with a rule of its own (here digits in threes, as Llama 3 has it)
-# gives one set of ids after save_pretrained, and another once a Qwen2 model is saved in the same folder: digits one by
-# one, and a token more, <|endoftext|>, past the end of the vocabulary. Decoding still gives the text back and nothing
-# warns, so a model is trained on some tokens and served on others. A Llama config.json leaves the ids alone, and
-# PreTrainedTokenizerFast.from_pretrained reads what was saved.
+# One would have sworn that a saved tokenizer is tokenizer.json and tokenizer_config.json. In transformers
+# 5.23.0 AutoTokenizer also asks config.json, the model's: its model_type picks a class that puts its own
+# splitting rule in the place of the one in tokenizer.json. A tokenizer with a rule of its own (here digits
+# in threes, as Llama 3 has it) gives one set of ids after save_pretrained, and another once a Qwen2 model
+# is saved in the same folder: digits one by one, and a token more, <|endoftext|>, past the end of the
+# vocabulary. Decoding still gives the text back and nothing warns, so a model is trained on some tokens and
+# served on others. A Llama config.json leaves the ids alone, and PreTrainedTokenizerFast.from_pretrained
+# reads what was saved.
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install -q --disable-pip-version-check torch==2.13.0 transformers==5.23.0
+"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0 transformers==5.23.0
 cd "$dir"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 "$dir/venv/bin/python" - <<'PY'

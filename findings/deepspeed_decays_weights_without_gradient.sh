@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# One would have sworn that AdamW leaves a weight alone that got no gradient, as it does in plain torch: its .grad is
-# None, so it is skipped. With the same optimizer handed to deepspeed 0.19.8 (ZeRO stages 0, 1 and 2, fp32) such a weight
-# is decayed in every step, and Adam counts the steps for it. A part of a model that the loss does not touch (a reward
-# head in a policy's folder, a vision tower, an expert that no token reaches) shrinks towards zero while its neighbours
-# are trained, and nothing is said. requires_grad=False before initialize() keeps it.
+# One would have sworn that AdamW leaves a weight alone that got no gradient, as it does in plain torch: its
+# .grad is None, so it is skipped. With the same optimizer handed to deepspeed 0.19.8 (ZeRO stages 0, 1 and
+# 2, fp32) such a weight is decayed in every step, and Adam counts the steps for it. A part of a model that
+# the loss does not touch (a reward head in a policy's folder, a vision tower, an expert that no token
+# reaches) shrinks towards zero while its neighbours are trained, and nothing is said. requires_grad=False
+# before initialize() keeps it.
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install -q --disable-pip-version-check torch==2.13.0
-"$dir/venv/bin/pip" install -q --disable-pip-version-check deepspeed==0.19.8
+"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0
+"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check deepspeed==0.19.8
 cd "$dir"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 "$dir/venv/bin/python" - <<'PY'
@@ -27,7 +28,7 @@ dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/rendezvous", 
 STEPS, LR, DECAY = 10, 0.01, 0.5
 
 def shrinkage(stage, trainable=True):
-    """What is left of the unused weight after ten steps: 1 is untouched, (1 - LR * DECAY)^10 is fully decayed."""
+    """Share left of the unused weight after ten steps: 1 untouched, (1 - LR * DECAY)^10 decayed."""
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"used": torch.nn.Linear(4, 4), "unused": torch.nn.Linear(4, 4)})
     model.forward = lambda x: model["used"](x).pow(2).sum()

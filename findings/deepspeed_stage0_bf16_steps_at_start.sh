@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# One would have sworn that deepspeed.initialize() takes no optimizer step. In deepspeed 0.19.8 with bf16 and ZeRO
-# stage 0 it takes one, on gradients of zero: the fp32 masters are decayed once and Adam's counter starts at 1, so its
-# bias corrections are a step ahead and the first real update is about three quarters of the learning rate. Stages 1 and
-# 2 do not. Two runs that differ in the ZeRO stage alone therefore part at the first step.
+# One would have sworn that deepspeed.initialize() takes no optimizer step. In deepspeed 0.19.8 with bf16
+# and ZeRO stage 0 it takes one, on gradients of zero: the fp32 masters are decayed once and Adam's counter
+# starts at 1, so its bias corrections are a step ahead and the first real update is about three quarters of
+# the learning rate. Stages 1 and 2 do not. Two runs that differ in the ZeRO stage alone therefore part at
+# the first step.
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install -q --disable-pip-version-check torch==2.13.0
-"$dir/venv/bin/pip" install -q --disable-pip-version-check deepspeed==0.19.8
+"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0
+"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check deepspeed==0.19.8
 cd "$dir"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 "$dir/venv/bin/python" - <<'PY'

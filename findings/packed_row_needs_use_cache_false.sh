@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One would have sworn that use_cache says only whether keys and values are kept, and that one forward pass gives the
-# same logits with it and without. In transformers 5.23.0 it decides who sees whom. Position ids that restart, with no
-# attention mask, are taken as several texts packed in one row, and each text is masked from the others; but only with
-# use_cache=False. With the default (True), or with a mask of ones, the second text sees the first, under sdpa and eager
-# alike. A packed pair (or padding-free batch) that is trained with use_cache=False and scored by a plain call gets
-# other log-probs, without a warning.
+# One would have sworn that use_cache says only whether keys and values are kept, and that one forward pass
+# gives the same logits with it and without. In transformers 5.23.0 it decides who sees whom. Position ids
+# that restart, with no attention mask, are taken as several texts packed in one row, and each text is
+# masked from the others; but only with use_cache=False. With the default (True), or with a mask of ones,
+# the second text sees the first, under sdpa and eager alike. A packed pair (or padding-free batch) that is
+# trained with use_cache=False and scored by a plain call gets other log-probs, without a warning.
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install -q --disable-pip-version-check torch==2.13.0 transformers==5.23.0
+"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0 transformers==5.23.0
 cd "$dir"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 "$dir/venv/bin/python" - <<'PY'
@@ -30,7 +30,8 @@ for attention in ("sdpa", "eager"):
             "default": {},
             "use_cache=True": {"use_cache": True},
             "use_cache=False": {"use_cache": False},
-            "use_cache=False and a mask of ones": {"use_cache": False, "attention_mask": torch.ones_like(ids)},
+            "use_cache=False and a mask of ones": {
+                "use_cache": False, "attention_mask": torch.ones_like(ids)},
         }.items():
             packed = model(ids, position_ids=positions, **options).logits[:, 6:]
             error[name] = (packed - alone).abs().max().item()

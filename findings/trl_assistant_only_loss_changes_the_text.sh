@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# One would have sworn that SFTConfig(assistant_only_loss=True) changes which tokens are trained and not the text. In trl
-# 1.16.0 it swaps the template of a model that it knows for a "training" one. For Qwen3 that one writes an empty thought
-# into every earlier assistant turn, where Qwen3's own template writes none; the tokenizer that is saved keeps the
-# original. So the model is trained on conversations that it never meets in use, and two runs that differ in this flag
-# alone differ in their input ids. Of the "training" templates in the wheel five render plain conversations otherwise than
-# their originals; the rest add only marks.
+# One would have sworn that SFTConfig(assistant_only_loss=True) changes which tokens are trained and not the
+# text. In trl 1.16.0 it swaps the template of a model that it knows for a "training" one. For Qwen3 that
+# one writes an empty thought into every earlier assistant turn, where Qwen3's own template writes none; the
+# tokenizer that is saved keeps the original. So the model is trained on conversations that it never meets
+# in use, and two runs that differ in this flag alone differ in their input ids. Of the "training" templates
+# in the wheel five render plain conversations otherwise than their originals; the rest add only marks.
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install -q --disable-pip-version-check torch==2.13.0 transformers==5.23.0 trl==1.16.0 datasets==5.2.0
+"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check \
+    torch==2.13.0 transformers==5.23.0 trl==1.16.0 datasets==5.2.0
 cd "$dir"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1
 "$dir/venv/bin/python" - <<'PY'
@@ -37,7 +38,8 @@ for flag in (False, True):
     trainer = trl.SFTTrainer(
         model=LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
                                            num_hidden_layers=1, num_attention_heads=2, eos_token_id=256)),
-        args=trl.SFTConfig(output_dir="out", use_cpu=True, bf16=False, report_to=[], assistant_only_loss=flag),
+        args=trl.SFTConfig(output_dir="out", use_cpu=True, bf16=False, report_to=[],
+                           assistant_only_loss=flag),
         train_dataset=Dataset.from_list([{"messages": messages}]), processing_class=tokenizer)
     texts[flag] = tokenizer.decode(trainer.train_dataset[0]["input_ids"])
     print(f"assistant_only_loss={flag}: {texts[flag]!r}")
