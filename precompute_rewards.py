@@ -184,7 +184,8 @@ def encode(tokenizer, prompt, responses, end=None):
     `end`; without `end`, where the template ends. Without a template a row is BOS, prompt, response, EOS."""
     assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is not a string"
+    assert all(isinstance(text, str) for text in texts), "a message's content is not a string"
+    assert all(isinstance(response, str) for response in responses), "a response is not a string"
     assert any(texts), "the prompt is empty"
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (

@@ -212,7 +212,8 @@ def encode(tokenizer, prompt, responses, end=None):
     `end`; without `end`, where the template ends. Without a template a row is BOS, prompt, response, EOS."""
     assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is not a string"
+    assert all(isinstance(text, str) for text in texts), "a message's content is not a string"
+    assert all(isinstance(response, str) for response in responses), "a response is not a string"
     assert any(texts), "the prompt is empty"
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (
@@ -528,7 +529,8 @@ def resume_or_start(parser, args):
     elif unfinished or os.path.exists(f"{args.out}/config.json"):
         fail(f"--out: {args.out} holds a model or a checkpoint; go on with --resume, or name another folder")
     parser.set_defaults(**before)
-    now = vars(parser.parse_args()) | {"out": args.out, "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    now = vars(parser.parse_args()) | {"out": args.out, "stage": parser.prog}
+    now["processes"] = int(os.environ.get("WORLD_SIZE", 1))
     for name in before.keys() - may_change:
         if now[name] != before[name]:
             fail(f"--resume: {name} was {before[name]} and is now {now[name]}; go on as the run began")

@@ -33,13 +33,15 @@ EMPTY_THOUGHT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['r
 PHI3 = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}")
 GEMMA = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
-         "{{ raise_exception('no system') }}{% endif %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+         "{{ raise_exception('no system') }}{% endif %}<start_of_turn>"
+         "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
          "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
          "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
 ZEPHYR = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
           "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 VICUNA = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
-          "USER: {{ m['content'] }} ASSISTANT:{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+          "USER: {{ m['content'] }} ASSISTANT:{% else %} {{ m['content'] }}{{ eos_token }}"
+          "{% endif %}{% endfor %}")
 NO_END = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 
 
@@ -101,7 +103,7 @@ def finished(tokenizer, prompt, answer):
         messages=messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
-def ends_of(tokenizer):
+def end_of(tokenizer):
     return align.end_token(tokenizer, {tokenizer.eos_token_id})
 
 
@@ -147,7 +149,7 @@ def test_templates_of_trl(path, process_group):
         with pytest.raises(Exception):
             align.encode(tokenizer, QUESTION, [answer], tokenizer.eos_token_id)
         return
-    stop = ends_of(tokenizer)
+    stop = end_of(tokenizer)
     (prompt, response), apart = align.encode(tokenizer, QUESTION, [answer], stop)
     before, after = text.split(answer)
     end = tokenizer.convert_ids_to_tokens(stop)
@@ -176,7 +178,7 @@ def test_a_reward_model_reads_all_that_the_template_writes():
 def test_a_response_goes_on_in_a_turn_that_the_prompt_began():
     tokenizer = byte_level(CHATML)
     prompt = [*QUESTION, {"role": "assistant", "content": "It was"}]
-    ids, apart = align.encode(tokenizer, prompt, [" him.", "n't me."], ends_of(tokenizer))
+    ids, apart = align.encode(tokenizer, prompt, [" him.", "n't me."], end_of(tokenizer))
     assert tokenizer.decode(ids[0]).endswith("<|im_start|>assistant\nIt was") and not apart
     assert [tokenizer.decode(part) for part in ids[1:]] == [" him.<|im_end|>", "n't me.<|im_end|>"]
 
@@ -250,7 +252,7 @@ def test_control_tokens_that_a_text_spells_stay_text(make, template):
     control = "</s>" if make is llama_2 else "<|endoftext|>"
     text = f"Use {control} or <|im_end|> here."
     prompt = [{"role": "user", "content": text}] if template else text
-    ids, _ = align.encode(tokenizer, prompt, [text, " It."], ends_of(tokenizer))
+    ids, _ = align.encode(tokenizer, prompt, [text, " It."], end_of(tokenizer))
     special = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     written = [sum(id in special for id in part) for part in ids]
     assert written[1:] == [1, 1]  # the end
@@ -281,7 +283,7 @@ def test_a_prompt_that_carries_its_template_already_is_refused(prompt):
 def test_prompt_and_generated_response_are_the_text_that_was_sampled(make, template):
     """And read again it has the same tokens."""
     tokenizer = make(template)
-    end = ends_of(tokenizer)
+    end = end_of(tokenizer)
     texts = ["Shakespeare wrote it.", "    return 1"]
     for prompt in ("Answer:", "Answer:\n", QUESTION):
         for text in texts:
@@ -359,13 +361,21 @@ def test_a_trained_reward_model_is_as_right_here_as_by_its_own_forward(template,
     assert (own[0] > own[1]).all()
 
 
-def test_a_template_that_writes_the_time_is_noticed(tmp_path):
-    """--resume refuses prompts that are other tokens now. align.py says when rewards are of other prompts."""
-    clock = ("{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{% for m in messages %}<|{{ m['role'] }}|>"
-             "{{ m['content'] }}{{ eos_token }}{% endfor %}")
-    tokenizer = byte_level(clock, more=["<|user|>", "<|assistant|>"])
-    small_model(tmp_path / "base", tokenizer)
+def test_a_template_that_writes_the_date_says_so(process_group, capsys):
+    template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+    end_of(byte_level(template))
+    assert "writes the day's date" in capsys.readouterr().out
+    end_of(byte_level(template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")))
+    assert not capsys.readouterr().out
+
+
+def test_prompts_that_read_otherwise_are_noticed(tmp_path):
+    """As on another day: align.py says so of rewards, and --resume refuses it."""
+    day = "Today is a Monday.\n" + CHATML
+    tokenizer = byte_level(day)
     small_model(tmp_path / "rm", tokenizer, classifier=True)
+    tokenizer.chat_template = day.replace("Monday", "Tuesday")
+    small_model(tmp_path / "base", tokenizer)
     data, rewards, out = (tmp_path / name for name in ("pairs.jsonl", "rewards.pt", "drdo"))
     write_jsonl(data, [{"prompt": QUESTION, "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(4)])
     run("precompute_rewards.py", "--oracle", tmp_path / "rm", "--data", data, "--out", rewards)
@@ -373,10 +383,11 @@ def test_a_template_that_writes_the_time_is_noticed(tmp_path):
     flags = (f"align.py --model {tmp_path}/base --data {data} --eval_data= --oracle_rewards {rewards} "
              f"--batch_size 4 --max_steps 2 --save_steps 1 --dtype fp32 --out {out}")
     status, output, _ = ends([(ROOT, flags.split())])
-    assert status == 2 and "writes the day's date" in output
-    assert "an Oracle read its prompts in another form" in output
+    assert status == 2 and "an Oracle read its prompts in another form" in output
     (out / "generation_config.json").rmdir()
     (out / "config.json").unlink()
+    tokenizer.chat_template = day.replace("Monday", "Wednesday")
+    tokenizer.save_pretrained(tmp_path / "base")
     error = run("align.py", "--out", out, "--resume", expect=2)
     assert "the data, their token ids or their rewards have changed" in error
 
