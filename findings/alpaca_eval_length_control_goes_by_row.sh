@@ -10,7 +10,8 @@ set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check alpaca_eval==0.6.6
+"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check \
+    alpaca_eval==0.6.6 scikit-learn==1.9.1 pandas==3.1.1 numpy==2.4.6
 cd "$dir"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 "$dir/venv/bin/python" - <<'PY'

@@ -9,7 +9,7 @@ set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0 numpy
+"$dir/venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0
 cd "$dir"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 "$dir/venv/bin/python" - <<'PY'
