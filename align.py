@@ -212,6 +212,8 @@ def main():
         tokens += row_tokens[batch].sum()
         grad_norm = check_gradient(engine, step, pairs.lines[batch], args)
 
+        if args.keep_steps and step % args.keep_steps == 0:
+            save_model(model, tokenizer, f"{args.out}/step{step}")
         evaluates = step % args.eval_steps == 0 or step == args.max_steps
         saves = args.save_steps and step % args.save_steps == 0
         if evaluates or saves or step == 1 or step % args.log_steps == 0:
@@ -227,8 +229,6 @@ def main():
             window = []
             tokens = 0
             start = time.time()
-        if args.keep_steps and step % args.keep_steps == 0:
-            save_model(model, tokenizer, f"{args.out}/step{step}")
     save_model(model, tokenizer, args.out)
 
 
@@ -371,14 +371,15 @@ def encode(tokenizer, prompt, responses, end=None):
         chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
         for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
-        # the prompt is what conversations with two responses begin with, the tail what they end with. Where
-        # the prompt has begun the response, an empty one shows how far
-        begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-        probes = ["4.", "I", *[""] * begun]
-        wholes = render(tokenizer, prompt, probes + responses)
-        head = os.path.commonprefix([wholes[0], wholes[len(probes) - 1]])
-        tail = os.path.commonprefix([wholes[0][::-1], wholes[1][::-1]])[::-1]
-        wholes = wholes[len(probes):]
+        lead = chat[:chat.rindex("4.")].rstrip()
+        assert all(text.startswith(lead) for text in chats), "the chat template writes its thought otherwise"
+        # the prompt is what conversations with two responses begin with, the tail what they end with
+        one, other, *wholes = render(tokenizer, prompt, ["4.", "I", *responses])
+        head = os.path.commonprefix([one, other])
+        tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":  # it has begun the response
+            begun, = render(tokenizer, prompt, [""])
+            head = begun[:len(begun) - len(tail)]
     else:
         if not isinstance(prompt, str):
             turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
@@ -391,11 +392,16 @@ def encode(tokenizer, prompt, responses, end=None):
     apart = any(whole[:len(head)] != head for whole in wholes)
     ids = [head]
     for response, whole in zip(responses, wholes):
-        own = tokenizer(response, **plain).input_ids + tail if apart else whole[len(head):]
+        own = whole[len(head):]
+        if apart:  # behind a newline: at the start of a text some tokenizers put a space
+            line = tokenizer("\n", **plain).input_ids
+            own = tokenizer("\n" + response, **plain).input_ids
+            own = own[len(line):] if own[:len(line)] == line else tokenizer(response, **plain).input_ids
+            own = own + tail
         if end in tail:  # what the template writes after it goes
             own = own[:len(own) - len(tail) + tail.index(end) + 1]
         elif end is not None:  # the template writes no end
-            own = own[:len(own) - len(tail)] + [end]
+            own = own + [end]
         ids.append(own)
     return ids, apart
 
@@ -404,11 +410,10 @@ def render(tokenizer, prompt, responses, tokenize=True):
     """The prompt's conversation with each response, as the chat template writes it: token ids, or text. If
     the prompt ends in an assistant's message, the response goes on in it."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    begun = ""
+    last = {"role": "assistant", "content": ""}
     if messages[-1]["role"] == "assistant":
         *messages, last = messages
-        begun = last["content"]
-    chats = [[*messages, {"role": "assistant", "content": begun + response}] for response in responses]
+    chats = [[*messages, last | {"content": last["content"] + response}] for response in responses]
     # sanitize: a control token that is spelled in a message stays text
     return tokenizer.apply_chat_template(chats, tokenize=tokenize, sanitize_control_tokens=tokenize,
                                          return_dict=False)
@@ -550,7 +555,7 @@ def start_run(engine, args, *splits):
             with open(f"{args.out}/args.json", "w") as file:
                 json.dump(vars(args) | {"data_sha256": sha256}, file, indent=2)
         with open(f"{args.out}/log.jsonl", "a") as file:
-            file.truncate(state["log_size"])  # the steps after the checkpoint are logged again
+            file.truncate(min(state["log_size"], file.tell()))  # later steps are logged again
     say(f"{args.out}: from step {state['step']}")
     return state
 
@@ -599,9 +604,9 @@ def save_model(model, tokenizer, folder):
         tokenizer.save_pretrained(folder)
         if model.head:
             save_file({"score.weight": model.head.weight.data}, f"{folder}/score.safetensors")
-        if os.path.exists(f"{folder}/checkpoint"):
-            os.remove(f"{folder}/checkpoint/latest")  # first: without it the rest is no checkpoint
-            shutil.rmtree(f"{folder}/checkpoint")
+        if os.path.exists(f"{folder}/checkpoint/latest"):  # first: without it the rest is no checkpoint
+            os.remove(f"{folder}/checkpoint/latest")
+        shutil.rmtree(f"{folder}/checkpoint", ignore_errors=True)
     say(f"{folder}: model and tokenizer written")
 
 

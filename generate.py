@@ -92,8 +92,10 @@ def decode(tokenizer, prompt, prompt_ids, ids):
     response = tokenizer.decode(prompt_ids + ids, **skip)[len(before):]
     if tokenizer.chat_template:
         lead, trail = template_of(tokenizer).split("It is 4.")
-        if lead.endswith(" ") and not before.endswith(" "):  # the first word's token holds its space
+        begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+        if lead.endswith(" ") and not before.endswith(" ") and not begun:  # the first word's token holds it
             response = response.removeprefix(" ")
+        response = response.removesuffix(trail)  # an end that is no token
         if trail[:1].isspace():
             response = response.rstrip()
         if isinstance(prompt, str) and not prompt[-1].isspace():
@@ -164,14 +166,15 @@ def encode(tokenizer, prompt, responses, end=None):
         chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
         for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
-        # the prompt is what conversations with two responses begin with, the tail what they end with. Where
-        # the prompt has begun the response, an empty one shows how far
-        begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-        probes = ["4.", "I", *[""] * begun]
-        wholes = render(tokenizer, prompt, probes + responses)
-        head = os.path.commonprefix([wholes[0], wholes[len(probes) - 1]])
-        tail = os.path.commonprefix([wholes[0][::-1], wholes[1][::-1]])[::-1]
-        wholes = wholes[len(probes):]
+        lead = chat[:chat.rindex("4.")].rstrip()
+        assert all(text.startswith(lead) for text in chats), "the chat template writes its thought otherwise"
+        # the prompt is what conversations with two responses begin with, the tail what they end with
+        one, other, *wholes = render(tokenizer, prompt, ["4.", "I", *responses])
+        head = os.path.commonprefix([one, other])
+        tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":  # it has begun the response
+            begun, = render(tokenizer, prompt, [""])
+            head = begun[:len(begun) - len(tail)]
     else:
         if not isinstance(prompt, str):
             turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
@@ -184,11 +187,16 @@ def encode(tokenizer, prompt, responses, end=None):
     apart = any(whole[:len(head)] != head for whole in wholes)
     ids = [head]
     for response, whole in zip(responses, wholes):
-        own = tokenizer(response, **plain).input_ids + tail if apart else whole[len(head):]
+        own = whole[len(head):]
+        if apart:  # behind a newline: at the start of a text some tokenizers put a space
+            line = tokenizer("\n", **plain).input_ids
+            own = tokenizer("\n" + response, **plain).input_ids
+            own = own[len(line):] if own[:len(line)] == line else tokenizer(response, **plain).input_ids
+            own = own + tail
         if end in tail:  # what the template writes after it goes
             own = own[:len(own) - len(tail) + tail.index(end) + 1]
         elif end is not None:  # the template writes no end
-            own = own[:len(own) - len(tail)] + [end]
+            own = own + [end]
         ids.append(own)
     return ids, apart
 
@@ -197,11 +205,10 @@ def render(tokenizer, prompt, responses, tokenize=True):
     """The prompt's conversation with each response, as the chat template writes it: token ids, or text. If
     the prompt ends in an assistant's message, the response goes on in it."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    begun = ""
+    last = {"role": "assistant", "content": ""}
     if messages[-1]["role"] == "assistant":
         *messages, last = messages
-        begun = last["content"]
-    chats = [[*messages, {"role": "assistant", "content": begun + response}] for response in responses]
+    chats = [[*messages, last | {"content": last["content"] + response}] for response in responses]
     # sanitize: a control token that is spelled in a message stays text
     return tokenizer.apply_chat_template(chats, tokenize=tokenize, sanitize_control_tokens=tokenize,
                                          return_dict=False)

@@ -194,11 +194,13 @@ def main():
 
 
 def set_pad_token(tokenizer, lm):
-    """Sets a pad token that is not EOS: other programs read a reward at the last token that is no pad."""
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+    """Sets a pad token that ends no text: other programs read a reward at the last token that is no pad."""
+    (_, response), _ = encode(tokenizer, "What is 2 + 2?", ["It is 4."])
+    last = tokenizer.convert_ids_to_tokens(response[-1])
+    if tokenizer.pad_token in (None, tokenizer.eos_token, last):
         # else the byte 0xFF, which no UTF-8 text holds, as byte-level BPE and sentencepiece spell it
         others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens, "ÿ", "<0xFF>"]
-        others = [t for t in others if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
+        others = [t for t in others if t in tokenizer.get_vocab() and t not in (tokenizer.eos_token, last)]
         if not others:
             fail("--model: its tokenizer has no pad token; set `pad_token` in its tokenizer_config.json")
         tokenizer.pad_token = others[0]
@@ -309,14 +311,15 @@ def encode(tokenizer, prompt, responses, end=None):
         chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
         for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
-        # the prompt is what conversations with two responses begin with, the tail what they end with. Where
-        # the prompt has begun the response, an empty one shows how far
-        begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-        probes = ["4.", "I", *[""] * begun]
-        wholes = render(tokenizer, prompt, probes + responses)
-        head = os.path.commonprefix([wholes[0], wholes[len(probes) - 1]])
-        tail = os.path.commonprefix([wholes[0][::-1], wholes[1][::-1]])[::-1]
-        wholes = wholes[len(probes):]
+        lead = chat[:chat.rindex("4.")].rstrip()
+        assert all(text.startswith(lead) for text in chats), "the chat template writes its thought otherwise"
+        # the prompt is what conversations with two responses begin with, the tail what they end with
+        one, other, *wholes = render(tokenizer, prompt, ["4.", "I", *responses])
+        head = os.path.commonprefix([one, other])
+        tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":  # it has begun the response
+            begun, = render(tokenizer, prompt, [""])
+            head = begun[:len(begun) - len(tail)]
     else:
         if not isinstance(prompt, str):
             turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
@@ -329,11 +332,16 @@ def encode(tokenizer, prompt, responses, end=None):
     apart = any(whole[:len(head)] != head for whole in wholes)
     ids = [head]
     for response, whole in zip(responses, wholes):
-        own = tokenizer(response, **plain).input_ids + tail if apart else whole[len(head):]
+        own = whole[len(head):]
+        if apart:  # behind a newline: at the start of a text some tokenizers put a space
+            line = tokenizer("\n", **plain).input_ids
+            own = tokenizer("\n" + response, **plain).input_ids
+            own = own[len(line):] if own[:len(line)] == line else tokenizer(response, **plain).input_ids
+            own = own + tail
         if end in tail:  # what the template writes after it goes
             own = own[:len(own) - len(tail) + tail.index(end) + 1]
         elif end is not None:  # the template writes no end
-            own = own[:len(own) - len(tail)] + [end]
+            own = own + [end]
         ids.append(own)
     return ids, apart
 
@@ -342,11 +350,10 @@ def render(tokenizer, prompt, responses, tokenize=True):
     """The prompt's conversation with each response, as the chat template writes it: token ids, or text. If
     the prompt ends in an assistant's message, the response goes on in it."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    begun = ""
+    last = {"role": "assistant", "content": ""}
     if messages[-1]["role"] == "assistant":
         *messages, last = messages
-        begun = last["content"]
-    chats = [[*messages, {"role": "assistant", "content": begun + response}] for response in responses]
+    chats = [[*messages, last | {"content": last["content"] + response}] for response in responses]
     # sanitize: a control token that is spelled in a message stays text
     return tokenizer.apply_chat_template(chats, tokenize=tokenize, sanitize_control_tokens=tokenize,
                                          return_dict=False)
@@ -488,7 +495,7 @@ def start_run(engine, args, *splits):
             with open(f"{args.out}/args.json", "w") as file:
                 json.dump(vars(args) | {"data_sha256": sha256}, file, indent=2)
         with open(f"{args.out}/log.jsonl", "a") as file:
-            file.truncate(state["log_size"])  # the steps after the checkpoint are logged again
+            file.truncate(min(state["log_size"], file.tell()))  # later steps are logged again
     say(f"{args.out}: from step {state['step']}")
     return state
 
@@ -534,9 +541,9 @@ def save_model(lm, tokenizer, folder):
     if dist.get_rank() == 0:
         lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if os.path.exists(f"{folder}/checkpoint"):
-            os.remove(f"{folder}/checkpoint/latest")  # first: without it the rest is no checkpoint
-            shutil.rmtree(f"{folder}/checkpoint")
+        if os.path.exists(f"{folder}/checkpoint/latest"):  # first: without it the rest is no checkpoint
+            os.remove(f"{folder}/checkpoint/latest")
+        shutil.rmtree(f"{folder}/checkpoint", ignore_errors=True)
     say(f"{folder}: model and tokenizer written")
 
 

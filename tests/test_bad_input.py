@@ -121,7 +121,7 @@ CASES = {
     "a beta of NaN": (f"{DPO} --beta nan", {}, "--beta nan: give a finite number above 0"),
     "a negative seed": (f"{ORACLE} --seed -1", {}, "--seed -1: give a finite number of 0 or more"),
     "a top-p of 2": (f"{GENERATE} --top_p 2", {}, "--top_p 2.0: it is a probability"),
-    "a file for a folder": (f"splits.py --dataset {TRAIN} --out rewards.pt/a", {}, "...directory: 'rewards.pt/a'"),
+    "a file for a folder": (f"splits.py --dataset {TRAIN} --out rewards.pt/a", {}, "...: 'rewards.pt/a'"),
     "a folder for a file": ("precompute_rewards.py --out out", {}, "--out out is a folder; name a file"),
     "data to relabel in place": (f"{SCORE} --relabel ./{TRAIN}", {}, "one would overwrite another; name"),
     "prompts for --out": (f"generate.py --out {HELD_OUT}", {}, f"--out {HELD_OUT} would overwrite --prompts"),

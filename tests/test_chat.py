@@ -181,6 +181,10 @@ def test_a_response_goes_on_in_a_turn_that_the_prompt_began():
     ids, apart = align.encode(tokenizer, prompt, [" him.", "n't me."], end_of(tokenizer))
     assert tokenizer.decode(ids[0]).endswith("<|im_start|>assistant\nIt was") and not apart
     assert [tokenizer.decode(part) for part in ids[1:]] == [" him.<|im_end|>", "n't me.<|im_end|>"]
+    prompt[-1]["content"] = "It was 4."  # as the probes of encode begin or end
+    ids, _ = align.encode(tokenizer, prompt, ["5", "4."], end_of(tokenizer))
+    assert tokenizer.decode(ids[0]).endswith("It was 4.")
+    assert [tokenizer.decode(part) for part in ids[1:]] == ["5<|im_end|>", "4.<|im_end|>"]
 
 
 def test_what_a_template_loses_or_refuses_is_an_error():
@@ -196,6 +200,20 @@ def test_what_a_template_loses_or_refuses_is_an_error():
     thinks = byte_level(CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"))
     with pytest.raises(AssertionError, match="drops or changes"):
         align.encode(thinks, QUESTION, ["I guess.</think>He."])
+    thought = "<think>\n\n</think>\n\n"
+    thinks = byte_level(EMPTY_THOUGHT.replace(
+        thought, "{% if '</think>' not in m['content'] %}" + thought + "{% endif %}"))
+    with pytest.raises(AssertionError, match="writes its thought otherwise"):
+        align.encode(thinks, QUESTION, ["<think>\nI guess.</think>He."])
+
+
+def test_an_end_that_is_no_token_is_text_before_eos():
+    tokenizer = byte_level(CHATML)
+    plain = byte_level()
+    plain.chat_template = tokenizer.chat_template
+    (_, response), _ = align.encode(plain, QUESTION, ["He."], end_of(plain))
+    assert plain.decode(response) == "He.<|im_end|>\n<|endoftext|>"
+    assert generate.decode(plain, QUESTION, [], response[:-1]) == "He."
 
 
 def test_a_template_that_another_way_of_tokenising_changes_is_refused(monkeypatch):
@@ -262,7 +280,8 @@ def test_control_tokens_that_a_text_spells_stay_text(make, template):
 
 def test_a_space_separates_a_response_from_a_text_prompt_and_from_nothing_else():
     tokenizer = byte_level(CHATML)
-    responses = lambda prompt, text: tokenizer.decode(align.encode(tokenizer, prompt, [text], 0)[0][1][:-1])
+    read = lambda prompt, text: align.encode(tokenizer, prompt, [text], end_of(tokenizer))[0][1][:-1]
+    responses = lambda prompt, text: tokenizer.decode(read(prompt, text))
     code = "    return 1"
     assert responses("Write code.", " " + code) == code  # splits.py has put one space before it
     assert responses("Write code:\n", code) == code  # none behind a blank
