@@ -9,10 +9,19 @@ Out:  <model>/generations.jsonl, a row for each prompt and temperature, in promp
     deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out out/dpo/cnn.jsonl
     deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      # greedy
 
-A prompt that stands in several rows is taken once. Batches hold prompts of similar length. Each has a seed of
-its own: the number of processes does not change the text. Batch size and list of temperatures do.
+The answers of a prompt, one for each temperature, grow side by side in one row, as a pair lies in align.py.
+The prompt a b c is read once. Each step feeds a token of each answer, here of two, d e f and g h i:
+
+    token       a   b | c   c | d   g | e   h | ...     c predicts d, and it predicts g
+    answer      0   0 | 1   2 | 1   2 | 1   2           a token sees the prompt (0) and its own answer
+    position    0   1 | 2   2 | 3   3 | 4   4
+
+A prompt that stands in several rows is taken once. Batches hold prompts of similar length. Each answer draws
+its own random numbers: its text depends on prompt, temperature and --seed, and but for rounding not on batch
+size, number of processes or the other temperatures.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -22,8 +31,10 @@ import time
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch.nn.functional import pad
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Cache, DynamicLayer, GenerationConfig,
+                          logging)
 
 
 def main():
@@ -38,21 +49,26 @@ def main():
         fail(f"{args.prompts}: none of {len(rows)} prompts fits with --max_new_tokens {args.max_new_tokens} "
              f"in --max_length {max_length}, or the model's positions; lower the one or raise the other")
 
-    # ---- batches by length, at each temperature; each process gets its share of every temperature
+    # ---- batches by length; each process gets its share
     kept.sort(key=lambda i: -len(prompts[i]))
-    batches = [kept[i:i + args.micro_batch_size] for i in range(0, len(kept), args.micro_batch_size)]
-    tasks = list(enumerate((temperature, batch) for batch in batches for temperature in args.temperature))
-    tasks.sort(key=lambda task: task[1][0])
-    written = []  # ((prompt, temperature), row)
-    for number, (temperature, batch) in tqdm(tasks[rank::world_size], args.generator, disable=rank > 0):
-        torch.manual_seed((args.seed * 1_000_003 + number) % 2**63)
-        results = generate(model, [prompts[i] for i in batch], temperature, args.top_p, args.max_new_tokens,
-                           ends)
-        for i, (ids, ended) in zip(batch, results):
+    sample = generate
+    size = min(args.micro_batch_size, math.ceil(len(kept) / world_size))
+    if not takes_mask(model, prompts[kept[0]], args.max_new_tokens):
+        say(f"{args.model} does not take the mask of answers in one row: a prompt is read at each temperature")
+        sample = generate_apart
+        size = args.micro_batch_size  # here the text depends on it
+    batches = [kept[i:i + size] for i in range(0, len(kept), size)]
+    written = []  # ((prompt, number of the temperature), row)
+    for batch in tqdm(batches[rank::world_size], args.generator, disable=rank > 0):
+        results = sample(model, [prompts[i] for i in batch], args.temperature, args.top_p,
+                         args.max_new_tokens, ends, args.seed)
+        for i, answers in zip(batch, results):
             row = {name: value for name, value in rows[i].items() if name not in ("chosen", "rejected")}
-            row |= {"response": decode(tokenizer, row["prompt"], prompts[i], ids), "temperature": temperature,
-                    "generator": args.generator, "tokens": len(ids), "eos": ended}
-            written.append(((i, temperature), row))
+            for k, (ids, ended) in enumerate(answers):
+                text = decode(tokenizer, row["prompt"], prompts[i], ids)
+                written.append(((i, k), row | {
+                    "response": text, "temperature": args.temperature[k], "generator": args.generator,
+                    "tokens": len(ids), "eos": ended}))
 
     # ---- save
     parts = [None] * world_size
@@ -68,20 +84,146 @@ def main():
 
 
 @torch.no_grad()
-def generate(model, prompts, temperature, top_p, max_new_tokens, ends):
-    """Response ids of a batch of prompts (lists of ids), without EOS, and whether each came to its EOS."""
+def generate(model, prompts, temperatures, top_p, max_new_tokens, ends, seed):
+    """Samples B prompts, lists of token ids, at n temperatures. Returns for each prompt n answers (ids without
+    EOS, whether it came to its EOS)."""
+    B, n = len(prompts), len(temperatures)
+    tensor = lambda values: torch.tensor(values, device=model.device)
+    draws = tensor([[draw(ids, t, seed, max_new_tokens) for t in temperatures] for ids in prompts])
+    temperature = tensor(temperatures).expand(B, n)
+    cache, mask, position_ids = read_prompt(model, prompts, n)
+    own = torch.eye(n, dtype=torch.bool, device=model.device)  # in a step an answer sees its own token
+    tokens = tensor([ids[-1:] * n for ids in prompts])  # (B, n)
+    answers = tokens.new_zeros(B, n, max_new_tokens)
+    ended = torch.zeros_like(tokens, dtype=torch.bool)
+    rows = torch.arange(B, device=model.device)  # those in the batch
+    for step in range(max_new_tokens):
+        mask = torch.cat([mask, own.expand(len(rows), 1, n, n)], -1)  # (B, 1, n, keys)
+        logits = model(tokens, attention_mask=mask, position_ids=position_ids + step, past_key_values=cache,
+                       use_cache=True).logits  # (B, n, V)
+        tokens = sample(logits.flatten(0, 1).float(), temperature[rows].flatten(), top_p,
+                        draws[rows, :, step].flatten()).view(len(rows), n)
+        answers[rows, :, step] = tokens
+        ended |= torch.isin(tokens, tensor(sorted(ends)))
+        going = ~ended.all(1)
+        if not going.any():
+            break
+        if not going.all():  # a row leaves when all its answers have ended
+            cache.batch_select_indices(going)
+            rows, tokens, ended, mask, position_ids = (
+                x[going] for x in (rows, tokens, ended, mask, position_ids))
+    return [[cut(ids, ends) for ids in row] for row in answers.tolist()]
+
+
+def read_prompt(model, prompts, n):
+    """Reads prompts less their last tokens. Returns the cache; the mask by which n tokens behind them see
+    them, (B, 1, n, keys); the positions of these n tokens, (B, n)."""
+    lengths = torch.tensor([[len(ids) - 1] for ids in prompts], device=model.device)  # (B, 1)
+    width = int(lengths.max())
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    if width:
+        input_ids = [ids[:-1] + [0] * (width + 1 - len(ids)) for ids in prompts]
+        model.base_model(input_ids=torch.tensor(input_ids, device=model.device), past_key_values=cache,
+                         use_cache=True)  # causal, padded right: needs no mask
+    mask = torch.arange(width, device=model.device) < lengths  # (B, keys)
+    return cache, mask[:, None, None].expand(-1, 1, n, -1), lengths.expand(-1, n)
+
+
+def sample(logits, temperature, top_p, draws, size=256):
+    """Samples a token id of each row of logits (N, V) at its temperature, (N,), among the fewest likeliest
+    tokens that together hold `top_p`; at 0 takes the likeliest. draws: uniform in [0, 1), (N,). It sorts the
+    likeliest `size` tokens, and more where they do not hold top_p: to sort all takes longer than the model."""
+    top, tokens = logits.topk(min(size, logits.shape[1]))  # (N, size), falling
+    divisor = temperature.where(temperature > 0, 1)[:, None]
+    probabilities = (top / divisor - (logits / divisor).logsumexp(-1, keepdim=True)).exp()
+    held = probabilities.cumsum(-1)
+    inside = (held - probabilities < top_p) & (temperature[:, None] > 0)
+    inside[:, 0] = True
+    # in the order of their ids: where rounding changes the order of two tokens, the draw picks the same
+    by_id = tokens.argsort(-1)
+    held_by_id = (probabilities * inside).gather(-1, by_id).cumsum(-1)
+    drawn = (held_by_id <= draws[:, None] * held_by_id[:, -1:]).sum(-1, keepdim=True)
+    chosen = tokens.gather(-1, by_id.gather(-1, drawn)).squeeze(-1)
+    wider = (held[:, -1] < top_p) & (temperature > 0)
+    if size < logits.shape[1] and wider.any():
+        chosen[wider] = sample(logits[wider], temperature[wider], top_p, draws[wider], 16 * size)
+    return chosen
+
+
+def draw(prompt, temperature, seed, number):
+    """The random numbers of an answer's tokens, uniform in [0, 1): by its prompt, its temperature and --seed."""
+    digest = hashlib.sha256(repr((prompt, float(temperature), seed)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.rand(number, generator=generator, dtype=torch.float64).tolist()
+
+
+def cut(ids, ends):
+    """(ids up to the first that is in `ends`, whether there is one)."""
+    stop = next((i for i, token in enumerate(ids) if token in ends), None)
+    return ids[:stop], stop is not None
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values in room made ahead. Transformers' own layer copies all of them at each step."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.room = torch.stack([keys, values])[..., :0, :]  # (2, B, heads, tokens, D)
+        start = self.get_seq_length()
+        end = start + keys.shape[2]
+        if end > self.room.shape[3]:
+            self.room = pad(self.room, (0, 0, 0, end - start + 256))
+        self.room[..., start:end, :] = torch.stack([keys, values])
+        self.keys, self.values = self.room[..., :end, :]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        self.room = self.room[:, indices]
+        self.keys, self.values = self.room[..., :self.get_seq_length(), :]
+
+
+@torch.no_grad()
+def takes_mask(model, prompt, max_new_tokens):
+    """Whether two answers in a row get the logits that each gets by the model's own forward: behind the longest
+    prompt, and a part of itself in place of more of an answer, to reach the full length."""
+    width = len(prompt) + max_new_tokens
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) or width for name in ("sliding_window", "attention_chunk_size")]
+    if min(windows) < width:  # the mask would bypass it
+        return False
+    context = (prompt * width)[:max(1, width - 8)]
+    answer = context[-8:]
+    length = len(answer)
+    ids = torch.tensor([context + answer, context + answer[::-1]], device=model.device)
+    try:
+        cache, mask, position_ids = read_prompt(model, [context + answer[:1]], 2 * length)
+        own = torch.ones(length, length, dtype=torch.bool, device=model.device).tril()
+        mask = torch.cat([mask, torch.block_diag(own, own)[None, None]], -1)
+        steps = torch.arange(length, device=model.device).repeat(2)
+        row = model(ids[:, -length:].reshape(1, -1), attention_mask=mask, position_ids=position_ids + steps,
+                    past_key_values=cache, use_cache=True).logits.view(2, length, -1)
+        own = model(ids, logits_to_keep=length).logits
+    except Exception:  # models break in many ways on a mask or a position they do not know
+        return False
+    distance = (row.float().softmax(-1) - own.float().softmax(-1)).abs().sum(-1).mean() / 2  # in [0, 1]
+    return bool(distance < (0.08 if model.dtype == torch.bfloat16 else 0.001))
+
+
+def generate_apart(model, prompts, temperatures, top_p, max_new_tokens, ends, seed):
+    """As `generate`, by Transformers' own, a temperature after the other. The text depends on the batch."""
     width = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
-                              pad_token_id=min(ends), do_sample=temperature > 0, **sampling)
-    output = model.generate(input_ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
     results = []
-    for ids in output:
-        stop = next((i for i, token in enumerate(ids) if token in ends), None)
-        results.append((ids[:stop], stop is not None))
-    return results
+    for temperature in temperatures:
+        torch.manual_seed(int(draw(prompts[0], temperature, seed, 1)[0] * 2**53))
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+        config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
+                                  pad_token_id=min(ends), do_sample=temperature > 0, **sampling)
+        output = model.generate(input_ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+        results.append([cut(ids, ends) for ids in output])
+    return list(zip(*results))
 
 
 def decode(tokenizer, prompt, prompt_ids, ids):
@@ -138,6 +280,8 @@ def load_model(folder, device, dtype):
         ends.add(check_template(tokenizer, ends))
     except Exception as error:  # libraries raise anything where a file is damaged
         fail(f"--model {folder}: {reason(error)}; give the folder or the hub name of a whole causal LM")
+    if device.type == "cpu":  # or it copies the keys for each of the query heads that share them
+        os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
     model.generation_config = GenerationConfig()  # a repetition penalty there would sample another policy
     return tokenizer, model.to(device).eval(), ends
 
