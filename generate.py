@@ -9,16 +9,16 @@ Out:  <model>/generations.jsonl, a row for each prompt and temperature, in promp
     deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out out/dpo/cnn.jsonl
     deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      # greedy
 
-The answers of a prompt, one for each temperature, grow side by side in one row, as a pair lies in align.py.
-The prompt a b c is read once. Each step feeds a token of each answer, here of two, d e f and g h i:
+The answers of a prompt, one for each temperature, grow side by side in one row, like a pair in align.py. The
+prompt a b c is read once. Each step feeds a token of each answer, here of d e f and g h i:
 
     token       a   b | c   c | d   g | e   h | ...     c predicts d, and it predicts g
     answer      0   0 | 1   2 | 1   2 | 1   2           a token sees the prompt (0) and its own answer
     position    0   1 | 2   2 | 3   3 | 4   4
 
 A prompt that stands in several rows is taken once. Batches hold prompts of similar length. Each answer draws
-its own random numbers: its text depends on prompt, temperature and --seed, and but for rounding not on batch
-size, number of processes or the other temperatures.
+from its own generator, seeded by prompt, temperature and --seed: the text does not depend on the number of
+processes. Batch size and the other temperatures change it by rounding alone, which bf16 makes frequent.
 """
 import argparse
 import hashlib
@@ -27,6 +27,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 
 import deepspeed
 import torch
@@ -51,23 +52,21 @@ def main():
 
     # ---- batches by length; each process gets its share
     kept.sort(key=lambda i: -len(prompts[i]))
-    sample = generate
-    size = min(args.micro_batch_size, math.ceil(len(kept) / world_size))
+    batches = [kept[i:i + args.micro_batch_size] for i in range(0, len(kept), args.micro_batch_size)]
+    answer = generate
     if not takes_mask(model, prompts[kept[0]], args.max_new_tokens):
-        say(f"{args.model} does not take the mask of answers in one row: a prompt is read at each temperature")
-        sample = generate_apart
-        size = args.micro_batch_size  # here the text depends on it
-    batches = [kept[i:i + size] for i in range(0, len(kept), size)]
+        say(f"{args.model} does not take the mask of several answers in a row: each reads its prompt anew")
+        answer = generate_apart
     written = []  # ((prompt, number of the temperature), row)
     for batch in tqdm(batches[rank::world_size], args.generator, disable=rank > 0):
-        results = sample(model, [prompts[i] for i in batch], args.temperature, args.top_p,
+        results = answer(model, [prompts[i] for i in batch], args.temperature, args.top_p,
                          args.max_new_tokens, ends, args.seed)
         for i, answers in zip(batch, results):
             row = {name: value for name, value in rows[i].items() if name not in ("chosen", "rejected")}
             for k, (ids, ended) in enumerate(answers):
-                text = decode(tokenizer, row["prompt"], prompts[i], ids)
+                response = decode(tokenizer, row["prompt"], prompts[i], ids)
                 written.append(((i, k), row | {
-                    "response": text, "temperature": args.temperature[k], "generator": args.generator,
+                    "response": response, "temperature": args.temperature[k], "generator": args.generator,
                     "tokens": len(ids), "eos": ended}))
 
     # ---- save
@@ -85,24 +84,23 @@ def main():
 
 @torch.no_grad()
 def generate(model, prompts, temperatures, top_p, max_new_tokens, ends, seed):
-    """Samples B prompts, lists of token ids, at n temperatures. Returns for each prompt n answers (ids without
-    EOS, whether it came to its EOS)."""
+    """Samples answers to B prompts, lists of token ids, at n temperatures. Returns for each prompt n answers:
+    (ids without EOS, whether it came to its EOS)."""
     B, n = len(prompts), len(temperatures)
-    tensor = lambda values: torch.tensor(values, device=model.device)
+    tensor = partial(torch.tensor, device=model.device)
     draws = tensor([[draw(ids, t, seed, max_new_tokens) for t in temperatures] for ids in prompts])
-    temperature = tensor(temperatures).expand(B, n)
-    cache, mask, position_ids = read_prompt(model, prompts, n)
-    own = torch.eye(n, dtype=torch.bool, device=model.device)  # in a step an answer sees its own token
+    cache, mask, position_ids = read_prompts_once(model, prompts, n)
+    own = torch.eye(n, dtype=torch.bool, device=model.device)  # of a step's n tokens an answer sees its own
     tokens = tensor([ids[-1:] * n for ids in prompts])  # (B, n)
     answers = tokens.new_zeros(B, n, max_new_tokens)
     ended = torch.zeros_like(tokens, dtype=torch.bool)
-    rows = torch.arange(B, device=model.device)  # those in the batch
+    rows = torch.arange(B, device=model.device)  # the prompts that are in the batch
     for step in range(max_new_tokens):
         mask = torch.cat([mask, own.expand(len(rows), 1, n, n)], -1)  # (B, 1, n, keys)
         logits = model(tokens, attention_mask=mask, position_ids=position_ids + step, past_key_values=cache,
                        use_cache=True).logits  # (B, n, V)
-        tokens = sample(logits.flatten(0, 1).float(), temperature[rows].flatten(), top_p,
-                        draws[rows, :, step].flatten()).view(len(rows), n)
+        tokens = sample(logits.float().flatten(0, 1), tensor(temperatures).repeat(len(rows)), top_p,
+                        draws[rows, :, step].flatten()).view(-1, n)
         answers[rows, :, step] = tokens
         ended |= torch.isin(tokens, tensor(sorted(ends)))
         going = ~ended.all(1)
@@ -110,48 +108,45 @@ def generate(model, prompts, temperatures, top_p, max_new_tokens, ends, seed):
             break
         if not going.all():  # a row leaves when all its answers have ended
             cache.batch_select_indices(going)
-            rows, tokens, ended, mask, position_ids = (
-                x[going] for x in (rows, tokens, ended, mask, position_ids))
+            state = rows, tokens, ended, mask, position_ids
+            rows, tokens, ended, mask, position_ids = [x[going] for x in state]
     return [[cut(ids, ends) for ids in row] for row in answers.tolist()]
 
 
-def read_prompt(model, prompts, n):
-    """Reads prompts less their last tokens. Returns the cache; the mask by which n tokens behind them see
-    them, (B, 1, n, keys); the positions of these n tokens, (B, n)."""
+def read_prompts_once(model, prompts, n):
+    """Reads B prompts less their last tokens. Returns the cache; for n tokens behind each prompt the mask by
+    which they see it, (B, 1, n, keys), and their first position, (B, n)."""
     lengths = torch.tensor([[len(ids) - 1] for ids in prompts], device=model.device)  # (B, 1)
     width = int(lengths.max())
     cache = Cache(layer_class_to_replicate=RoomyLayer)
-    if width:
-        input_ids = [ids[:-1] + [0] * (width + 1 - len(ids)) for ids in prompts]
-        model.base_model(input_ids=torch.tensor(input_ids, device=model.device), past_key_values=cache,
-                         use_cache=True)  # causal, padded right: needs no mask
+    if width:  # causal, padded right: needs no mask
+        input_ids = torch.tensor([ids[:-1] + [0] * (width + 1 - len(ids)) for ids in prompts])
+        model.base_model(input_ids=input_ids.to(model.device), past_key_values=cache, use_cache=True)
     mask = torch.arange(width, device=model.device) < lengths  # (B, keys)
     return cache, mask[:, None, None].expand(-1, 1, n, -1), lengths.expand(-1, n)
 
 
 def sample(logits, temperature, top_p, draws, size=256):
-    """Samples a token id of each row of logits (N, V) at its temperature, (N,), among the fewest likeliest
-    tokens that together hold `top_p`; at 0 takes the likeliest. draws: uniform in [0, 1), (N,). It sorts the
-    likeliest `size` tokens, and more where they do not hold top_p: to sort all takes longer than the model."""
+    """Samples a token of each row of logits (N, V) at its temperature (N,), among the fewest likeliest tokens
+    that together hold `top_p`. draws: uniform in [0, 1), (N,). Returns (N,). Sorts the likeliest `size`
+    tokens, and more where they do not hold top_p: to sort all takes longer than the model."""
+    logits = logits / temperature.clamp(min=1e-6)[:, None]  # at 0 the likeliest token has probability 1
     top, tokens = logits.topk(min(size, logits.shape[1]))  # (N, size), falling
-    divisor = temperature.where(temperature > 0, 1)[:, None]
-    probabilities = (top / divisor - (logits / divisor).logsumexp(-1, keepdim=True)).exp()
+    probabilities = (top - logits.logsumexp(-1, keepdim=True)).exp()
     held = probabilities.cumsum(-1)
-    inside = (held - probabilities < top_p) & (temperature[:, None] > 0)
-    inside[:, 0] = True
-    # in the order of their ids: where rounding changes the order of two tokens, the draw picks the same
-    by_id = tokens.argsort(-1)
-    held_by_id = (probabilities * inside).gather(-1, by_id).cumsum(-1)
-    drawn = (held_by_id <= draws[:, None] * held_by_id[:, -1:]).sum(-1, keepdim=True)
-    chosen = tokens.gather(-1, by_id.gather(-1, drawn)).squeeze(-1)
-    wider = (held[:, -1] < top_p) & (temperature > 0)
+    # in the order of ids, since rounding, which differs from batch to batch, changes the order of probabilities
+    order = tokens.argsort(-1)
+    below = probabilities.where(held - probabilities < top_p, 0).gather(-1, order).cumsum(-1)
+    drawn = (below <= draws[:, None] * below[:, -1:]).sum(-1, keepdim=True)
+    chosen = tokens.gather(-1, order.gather(-1, drawn)).squeeze(-1)
+    wider = held[:, -1] < top_p
     if size < logits.shape[1] and wider.any():
-        chosen[wider] = sample(logits[wider], temperature[wider], top_p, draws[wider], 16 * size)
+        chosen[wider] = sample(logits[wider], torch.ones_like(draws[wider]), top_p, draws[wider], 16 * size)
     return chosen
 
 
 def draw(prompt, temperature, seed, number):
-    """The random numbers of an answer's tokens, uniform in [0, 1): by its prompt, its temperature and --seed."""
+    """Random numbers of an answer, uniform in [0, 1): by its prompt, its temperature and --seed."""
     digest = hashlib.sha256(repr((prompt, float(temperature), seed)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
     return torch.rand(number, generator=generator, dtype=torch.float64).tolist()
@@ -164,7 +159,7 @@ def cut(ids, ends):
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's keys and values in room made ahead. Transformers' own layer copies all of them at each step."""
+    """A layer's keys and values in room made ahead. Transformers' own layer copies all of them a step."""
 
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
@@ -185,31 +180,32 @@ class RoomyLayer(DynamicLayer):
 
 @torch.no_grad()
 def takes_mask(model, prompt, max_new_tokens):
-    """Whether two answers in a row get the logits that each gets by the model's own forward: behind the longest
-    prompt, and a part of itself in place of more of an answer, to reach the full length."""
-    width = len(prompt) + max_new_tokens
+    """Whether two answers in a row get the logits of the model's own forward, behind the longest prompt. The
+    prompt, repeated, stands for the answers' first tokens."""
+    length = len(prompt) + max_new_tokens
     config = model.config.get_text_config()
-    windows = [getattr(config, name, None) or width for name in ("sliding_window", "attention_chunk_size")]
-    if min(windows) < width:  # the mask would bypass it
+    windows = [getattr(config, name, None) or length for name in ("sliding_window", "attention_chunk_size")]
+    if min(windows) < length:  # the mask would bypass it
         return False
-    context = (prompt * width)[:max(1, width - 8)]
+    context = (prompt * length)[:max(1, length - 8)]
     answer = context[-8:]
-    length = len(answer)
+    R = len(answer)
     ids = torch.tensor([context + answer, context + answer[::-1]], device=model.device)
     try:
-        cache, mask, position_ids = read_prompt(model, [context + answer[:1]], 2 * length)
-        own = torch.ones(length, length, dtype=torch.bool, device=model.device).tril()
-        mask = torch.cat([mask, torch.block_diag(own, own)[None, None]], -1)
-        steps = torch.arange(length, device=model.device).repeat(2)
-        row = model(ids[:, -length:].reshape(1, -1), attention_mask=mask, position_ids=position_ids + steps,
-                    past_key_values=cache, use_cache=True).logits.view(2, length, -1)
-        own = model(ids, logits_to_keep=length).logits
+        own = model(ids, logits_to_keep=R).logits  # (2, R, V)
+        cache, mask, position_ids = read_prompts_once(model, [context + answer[:1]], 2 * R)
+        segment = torch.ones(R, R, dtype=torch.bool, device=model.device).tril()
+        mask = torch.cat([mask, torch.block_diag(segment, segment)[None, None]], -1)
+        position_ids = position_ids + torch.arange(R, device=model.device).repeat(2)
+        row = model(ids[:, -R:].reshape(1, -1), attention_mask=mask, position_ids=position_ids,
+                    past_key_values=cache, use_cache=True).logits.view_as(own)
     except Exception:  # models break in many ways on a mask or a position they do not know
         return False
     distance = (row.float().softmax(-1) - own.float().softmax(-1)).abs().sum(-1).mean() / 2  # in [0, 1]
     return bool(distance < (0.08 if model.dtype == torch.bfloat16 else 0.001))
 
 
+@torch.no_grad()
 def generate_apart(model, prompts, temperatures, top_p, max_new_tokens, ends, seed):
     """As `generate`, by Transformers' own, a temperature after the other. The text depends on the batch."""
     width = max(map(len, prompts))
@@ -221,9 +217,9 @@ def generate_apart(model, prompts, temperatures, top_p, max_new_tokens, ends, se
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
         config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
                                   pad_token_id=min(ends), do_sample=temperature > 0, **sampling)
-        output = model.generate(input_ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
-        results.append([cut(ids, ends) for ids in output])
-    return list(zip(*results))
+        output = model.generate(input_ids, attention_mask=mask, generation_config=config)[:, width:]
+        results.append([cut(ids, ends) for ids in output.tolist()])
+    return [*zip(*results)]
 
 
 def decode(tokenizer, prompt, prompt_ids, ids):
@@ -444,7 +440,7 @@ def parse_args():
     flag("--top_p", type=float, default=0.8, help="sample among the likeliest tokens of this probability")
     flag("--max_new_tokens", type=int, default=256, help="tokens after which a response is cut off")
     flag("--max_length", type=int, default=1024, help="drop prompts that pass it with --max_new_tokens added")
-    flag("--micro_batch_size", type=int, default=32, help="prompts a batch, on one process")
+    flag("--micro_batch_size", type=int, default=16, help="prompts a batch, each with all its answers")
     flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     flag("--seed", type=int, default=0, help="of the sampling")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it

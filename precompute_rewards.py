@@ -86,61 +86,56 @@ def main():
 
 @torch.no_grad()
 def score(model, texts, micro_batch_size, description):
-    """Rewards of texts, (prompt, response) of token ids each, (len(texts),) on the CPU. Responses to a prompt
-    lie in one row, so it is computed once. Rows are sorted by length and shared out among the processes."""
+    """Rewards of texts, (prompt, response) of token ids each: (len(texts),) on the CPU. Batches of rows with
+    as many responses, sorted by length, are shared out among the processes."""
     rewards = torch.zeros(len(texts), device=model.device)
     rows = rows_of(texts, micro_batch_size)
     if not takes_mask(model, texts, rows):
         say(f"{description} does not take the mask of several responses in a row: each text is scored alone")
-        rows = [[i] for row in rows for i in row]
-    rows.sort(key=lambda row: (len(row), row_length(texts, row)), reverse=True)
+        rows = [[i] for i in range(len(texts))]
     micro_batches = []
-    for row in rows:  # rows of a batch have as many responses
-        if not micro_batches or len(row) != len(batch[0]) or (len(batch) + 1) * len(row) > micro_batch_size:
+    for row in sorted(rows, key=lambda row: (len(row), tokens_of(texts, row)), reverse=True):
+        if not micro_batches or len(row) != len(batch[0]) or len(row) * (len(batch) + 1) > micro_batch_size:
             micro_batches.append(batch := [])
         batch.append(row)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0):
-        states = last_states(model, texts, micro)  # (B, R, H)
-        last = torch.arange(states.shape[1], device=model.device).expand(len(micro), -1)
-        rewards[torch.tensor(micro)] = last_token_rewards(states, model.score.weight, last).float()
+        rewards[torch.tensor(micro)] = rewards_of(model, texts, micro).float()
     dist.all_reduce(rewards)
     return rewards.cpu()
 
 
 def rows_of(texts, max_responses):
-    """The numbers of texts that have a prompt in common, a list for each row. A row ends where it would be
-    twice as long as the longest text, or have over `max_responses` responses."""
+    """Rows of texts that have a prompt in common: lists of their numbers. A row has at most `max_responses`
+    responses, and at most twice the tokens of the longest text."""
     limit = 2 * max(len(prompt) + len(response) for prompt, response in texts)
-    rows, last = [], {}  # last: the row of a prompt that takes more
+    rows, open_rows = [], {}
     for i, (prompt, _) in enumerate(texts):
-        digest = hashlib.sha256(prompt).digest()
-        row = last.get(digest)
-        if row is None or len(row) == max_responses or row_length(texts, [*row, i]) > limit:
+        row = open_rows.get(digest := hashlib.sha256(prompt).digest())
+        if row is None or len(row) == max_responses or tokens_of(texts, [*row, i]) > limit:
             rows.append(row := [])
-            last[digest] = row
+            open_rows[digest] = row
         row.append(i)
     return rows
 
 
-def row_length(texts, row):
+def tokens_of(texts, row):
     return len(texts[row[0]][0]) - 1 + sum(len(texts[i][1]) + 1 for i in row)
 
 
-def last_states(model, texts, rows):
-    """The hidden states at the last token of each response in a batch of rows of R responses, (B, R, H)."""
+def rewards_of(model, texts, rows):
+    """Rewards of a batch of B rows of R responses each, (B, R)."""
     batch = [[texts[row[0]][0], *[texts[i][1] for i in row]] for row in rows]
     input_ids, position_ids, segments, ends = collate(batch, model.device)
-    if len(rows[0]) == 1:
-        layout = {}  # causal, padded right: needs no mask
-    else:
+    layout = {}  # one response: causal, padded right, it needs no mask
+    if len(rows[0]) > 1:
         layout = {"position_ids": position_ids, "attention_mask": pair_mask(segments)}
     hidden = model.base_model(input_ids=input_ids, use_cache=False, **layout).last_hidden_state  # (B, T, H)
-    return hidden[torch.arange(len(rows), device=hidden.device)[:, None], ends]
+    return last_token_rewards(hidden, model.score.weight, ends)
 
 
 def takes_mask(model, texts, rows):
-    """Whether the responses of a row have the states that each has alone, in the row with the longest text."""
+    """Whether each response in a row gets the reward that it gets alone: in the row with the longest text."""
     length = lambda row: max(len(texts[i][0]) + len(texts[i][1]) for i in row)
     row = max(rows, key=lambda row: (len(row) > 1, length(row)))
     config = model.config.get_text_config()
@@ -148,12 +143,12 @@ def takes_mask(model, texts, rows):
     if min(windows) < length(row):  # the mask would bypass it
         return False
     try:
-        states = last_states(model, texts, [row])[0].float()  # (R, H)
-        own = torch.cat([last_states(model, texts, [[i]])[0] for i in row]).float()
-        error = (states - own).norm(dim=-1) / own.norm(dim=-1)
-        return bool((error < (0.05 if model.dtype == torch.bfloat16 else 0.001)).all())
+        rewards = rewards_of(model, texts, [row])[0]  # (R,)
     except Exception:  # models break in many ways on a mask or a position they do not know
         return False
+    alone = torch.cat([rewards_of(model, texts, [[i]])[0] for i in row])
+    bound = 0.05 if model.dtype == torch.bfloat16 else 0.001
+    return bool((rewards - alone).norm() <= bound * alone.norm())
 
 
 def read_texts(path, tokenizer):
@@ -188,7 +183,8 @@ def read_texts(path, tokenizer):
     if not columns:
         fail(f"{path}: it has 0 rows; give pairs or generations")
     ids = np.split(np.frombuffer(flat, np.int32), ends[:-1])
-    return list(zip(ids[::2], ids[1::2])), {key: column for key, column in columns.items() if max(column) >= 0}
+    texts = list(zip(ids[::2], ids[1::2]))
+    return texts, {key: column for key, column in columns.items() if max(column) >= 0}
 
 
 def relabel(data, rewards, path):
