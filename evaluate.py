@@ -20,6 +20,7 @@ Our choices:
   are drawn together. If all pairs end alike, or share a prompt, the interval has no width: too narrow.
 - "Normalised" (Figure 3): a mean reward difference, and its interval, are divided by the standard deviation
   (population) of the opponent's rewards in the same pairs.
+- W/(W+L), the win rate without ties, stands beside it where there are ties: Table 1 seems to be that.
 - The chat model (Table 1) sees each pair in both orders. Preferred in both is a win, the other in both is a
   loss, all else is a tie. Equal responses tie unasked.
 """
@@ -159,8 +160,9 @@ def compare(pairs):
     """The figures of pairs whose outcomes are known, a dict."""
     outcomes = pairs["outcome"].to_numpy()
     prompts = pairs["prompt"].factorize()[0]
-    record = {"wins": int((outcomes > 0.5).sum()), "ties": int((outcomes == 0.5).sum()),
-              "losses": int((outcomes < 0.5).sum())}
+    wins, losses = int((outcomes > 0.5).sum()), int((outcomes < 0.5).sum())
+    record = {"wins": wins, "ties": int((outcomes == 0.5).sum()), "losses": losses,
+              "decided_win_rate": wins / (wins + losses or np.nan)}
     values = {"win_rate": outcomes}
     if "reward" in pairs:
         difference = (pairs["reward"] - pairs["reward_theirs"]).to_numpy()
@@ -279,11 +281,11 @@ def as_text(prompt):
 
 # ---- tables and pictures
 
-COLUMNS = {"win rate": ("win_rate", ".3f"), "se": ("standard_error", ".3f"),
-           "LC": ("length_controlled", ".3f"), "flips": ("flip", ".2f"), "first": ("first", ".2f"),
-           "reward": ("reward", ".3f"), "reward diff.": ("reward_difference", "+.3f"),
-           "norm.": ("advantage", "+.2f"), "tokens": ("tokens", ".1f"), "words": ("words", ".1f"),
-           "EOS": ("eos", ".2f")}
+COLUMNS = {"win rate": ("win_rate", ".3f"), "W/(W+L)": ("decided_win_rate", ".3f"),
+           "se": ("standard_error", ".3f"), "LC": ("length_controlled", ".3f"), "flips": ("flip", ".2f"),
+           "first": ("first", ".2f"), "reward": ("reward", ".3f"),
+           "reward diff.": ("reward_difference", "+.3f"), "norm.": ("advantage", "+.2f"),
+           "tokens": ("tokens", ".1f"), "words": ("words", ".1f"), "EOS": ("eos", ".2f")}
 LEGEND = """W/T/L: wins, ties, losses. se: the win rate's standard error. LC: the win rate at equal length.
 flips: share of pairs whose two verdicts differ. first: share of verdicts for what stands first. norm.: the
 reward difference in standard deviations of the opponent's rewards. words, EOS (the share of responses that
@@ -305,6 +307,8 @@ def report(policies, comparisons, notes):
         for column, (name, form) in COLUMNS.items():
             if name in record:
                 row[column] = show(record[name], form, " / ")
+                if name == "decided_win_rate" and not record["ties"]:  # it is the win rate
+                    row[column] = "-"
                 if name in ("win_rate", "length_controlled", "reward_difference"):
                     row[column] += f" [{show(record[name + '_interval'], form, ', ')}]"
         title = f"Against {record['opponent']}" if "opponent" in record else "Policies"
@@ -422,7 +426,7 @@ def read_responses(args, notes):
 
 def read_generations(path, with_references):
     """Yields (line, kind, row) of each response that is compared."""
-    for line, row in read_texts(path, ["prompt", "response", "generator"]):
+    for line, row in read_text_rows(path, ["prompt", "response", "generator"]):
         if not (isinstance(row.get("temperature"), (int, float)) and abs(row["temperature"]) < np.inf):
             fail(f"{path}, line {line}: no `temperature` number; every row needs one")
         yield line, "response", row
@@ -433,7 +437,7 @@ def read_generations(path, with_references):
 def read_labelled_pairs(path, notes):
     """The same of pairs that people labelled: the generators are `chosen` and `rejected`."""
     line = ties = 0
-    for line, row in read_texts(path, ["prompt", "chosen", "rejected"]):
+    for line, row in read_text_rows(path, ["prompt", "chosen", "rejected"]):
         if row.get("tie"):
             ties += 1
             continue
@@ -608,7 +612,7 @@ def read_log(folder):
     return log
 
 
-def read_texts(path, keys):
+def read_text_rows(path, keys):
     """The same as read_rows. It also refuses rows without text under `keys`; `prompt` may be messages."""
     for number, row in read_rows(path, keys):
         for key in keys:

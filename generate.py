@@ -57,16 +57,16 @@ def main():
     if not takes_mask(model, prompts[kept[0]], args.max_new_tokens):
         say(f"{args.model} does not take the mask of several answers in a row: each reads its prompt anew")
         answer = generate_apart
-    written = []  # ((prompt, number of the temperature), row)
+    written = []  # ((prompt, temperature), row)
     for batch in tqdm(batches[rank::world_size], args.generator, disable=rank > 0):
         results = answer(model, [prompts[i] for i in batch], args.temperature, args.top_p,
                          args.max_new_tokens, ends, args.seed)
         for i, answers in zip(batch, results):
             row = {name: value for name, value in rows[i].items() if name not in ("chosen", "rejected")}
-            for k, (ids, ended) in enumerate(answers):
+            for temperature, (ids, ended) in zip(args.temperature, answers):
                 response = decode(tokenizer, row["prompt"], prompts[i], ids)
-                written.append(((i, k), row | {
-                    "response": response, "temperature": args.temperature[k], "generator": args.generator,
+                written.append(((i, temperature), row | {
+                    "response": response, "temperature": temperature, "generator": args.generator,
                     "tokens": len(ids), "eos": ended}))
 
     # ---- save
@@ -134,7 +134,7 @@ def sample(logits, temperature, top_p, draws, size=256):
     top, tokens = logits.topk(min(size, logits.shape[1]))  # (N, size), falling
     probabilities = (top - logits.logsumexp(-1, keepdim=True)).exp()
     held = probabilities.cumsum(-1)
-    # in the order of ids, since rounding, which differs from batch to batch, changes the order of probabilities
+    # in the order of ids: the order of probabilities changes with the rounding, from batch to batch
     order = tokens.argsort(-1)
     below = probabilities.where(held - probabilities < top_p, 0).gather(-1, order).cumsum(-1)
     drawn = (below <= draws[:, None] * below[:, -1:]).sum(-1, keepdim=True)
@@ -273,7 +273,7 @@ def load_model(folder, device, dtype):
         assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer is too large"
         ends = model.generation_config.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-        ends.add(check_template(tokenizer, ends))
+        ends.add(end_token(tokenizer, ends))
     except Exception as error:  # libraries raise anything where a file is damaged
         fail(f"--model {folder}: {reason(error)}; give the folder or the hub name of a whole causal LM")
     if device.type == "cpu":  # or it copies the keys for each of the query heads that share them
@@ -285,31 +285,33 @@ def load_model(folder, device, dtype):
 # ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
 
 def encode(tokenizer, prompt, responses, end=None):
-    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart, as
-    a token spans the border. With a chat template they are cut from the whole conversation that it writes: a
-    model reads what it would write. The prompt is all before the response, a thinking model's empty thought
-    too. A response ends in the token `end`, or without `end` where the template ends. Without a template a
-    text lies between BOS and EOS."""
+    """Token ids [prompt, *responses]; and whether prompt and responses are tokenised apart, because one token
+    would hold text of both. With a chat template the ids are cut from the conversation as the template writes
+    it. The prompt is all that precedes the response, an empty thought too. A response ends in the token
+    `end`; without `end`, where the template ends. Without a template a row is BOS, prompt, response, EOS."""
     assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is not a string"
+    assert all(isinstance(text, str) for text in texts), "a message's content is not a string"
+    assert all(isinstance(response, str) for response in responses), "a response is not a string"
     assert any(texts), "the prompt is empty"
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (
         "the prompt begins with a control token: give its text or its messages alone")
     plain = {"add_special_tokens": False, "split_special_tokens": True}  # control tokens in a text stay text
     if tokenizer.chat_template:
-        if isinstance(prompt, str) and not prompt[-1].isspace():  # a space separates text from text alone
+        if isinstance(prompt, str) and not prompt[-1].isspace():  # the space that parts it from a text prompt
             responses = [response.removeprefix(" ") for response in responses]
         chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
         for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
-        # two unlike responses have the prompt in common, and what follows a response
+        # the prompt is what conversations with two responses begin with, the tail what they end with. Where
+        # the prompt has begun the response, an empty one shows how far
         begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-        probes = ["4.", "" if begun else "I"]
-        one, other, *wholes = render(tokenizer, prompt, probes + responses)
-        head = os.path.commonprefix([one, other])
-        tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+        probes = ["4.", "I", *[""] * begun]
+        wholes = render(tokenizer, prompt, probes + responses)
+        head = os.path.commonprefix([wholes[0], wholes[len(probes) - 1]])
+        tail = os.path.commonprefix([wholes[0][::-1], wholes[1][::-1]])[::-1]
+        wholes = wholes[len(probes):]
     else:
         if not isinstance(prompt, str):
             turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
@@ -323,9 +325,9 @@ def encode(tokenizer, prompt, responses, end=None):
     ids = [head]
     for response, whole in zip(responses, wholes):
         own = tokenizer(response, **plain).input_ids + tail if apart else whole[len(head):]
-        if end in tail:
+        if end in tail:  # what the template writes after it goes
             own = own[:len(own) - len(tail) + tail.index(end) + 1]
-        elif end is not None:
+        elif end is not None:  # the template writes no end
             own = own[:len(own) - len(tail)] + [end]
         ids.append(own)
     return ids, apart
@@ -340,18 +342,20 @@ def render(tokenizer, prompt, responses, tokenize=True):
         *messages, last = messages
         begun = last["content"]
     chats = [[*messages, {"role": "assistant", "content": begun + response}] for response in responses]
+    # sanitize: a control token that is spelled in a message stays text
     return tokenizer.apply_chat_template(chats, tokenize=tokenize, sanitize_control_tokens=tokenize,
                                          return_dict=False)
 
 
 def template_of(tokenizer):
     """A short conversation as the chat template writes it, or "" without one: shows if prompts read alike."""
-    chat = tokenizer.chat_template and render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)
-    return chat[0] if chat else ""
+    if not tokenizer.chat_template:
+        return ""
+    return render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)[0]
 
 
-def check_template(tokenizer, ends):
-    """The token that ends a response: of what the chat template writes after one, the first token in `ends`,
+def end_token(tokenizer, stops):
+    """The token that ends a response: of what the chat template writes after one, the first token in `stops`,
     else the first control token, else EOS. Raises if `encode` differs from the template's own ids."""
     if not tokenizer.chat_template:
         return tokenizer.eos_token_id
@@ -362,7 +366,7 @@ def check_template(tokenizer, ends):
     if year in template_of(tokenizer) and year not in tokenizer.chat_template:
         say("the chat template writes the day's date: on another day the same prompts are other tokens")
     control = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
-    found = [id for id in response if id in ends] + [id for id in response if id in control]
+    found = [id for id in response if id in stops] + [id for id in response if id in control]
     return found[0] if found else tokenizer.eos_token_id
 
 
@@ -408,7 +412,7 @@ def fail(message):
 
 
 def reason(error):
-    """An error in words: its first sentence, as libraries write many. Of a KeyError the missing key."""
+    """An error's first sentence; for a KeyError the missing key."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
     text = " ".join(str(getattr(error, "msg", error)).split())

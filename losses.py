@@ -4,7 +4,7 @@
 Plain functions of tensors. Copy this file into your project: it needs torch alone.
 
     logps = response_logps(hidden, lm_head, input_ids, segments)  # (B, 2)
-    rewards = last_token_rewards(hidden, score_weight, last)      # (B, 2)
+    rewards = last_token_rewards(hidden, score_weight, ends)      # (B, 2)
     loss, _, _ = drdo_loss(*logps.unbind(1), *rewards.unbind(1), oracle_chosen, oracle_rejected)  # (B,)
 
 Notation: x is a prompt, y_w / y_l its chosen / rejected response. z = log pi(y|x) is the *sum* of the
@@ -177,11 +177,11 @@ def token_logps(states, lm_head, tokens):
     return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def last_token_rewards(hidden, score_weight, last):
+def last_token_rewards(hidden, score_weight, ends):
     """r(x, y): the linear reward head at the last response token, which is EOS.
 
-    Args: hidden (B, T, H); score_weight (1, H); last (B, R), the position of each response's EOS.
+    Args: hidden (B, T, H); score_weight (1, H); ends (B, R), the position of each response's EOS.
     Returns: (B, R), fp32 at least.
     """
-    states = hidden[torch.arange(len(last), device=last.device)[:, None], last]  # (B, R, H)
+    states = hidden[torch.arange(len(ends), device=ends.device)[:, None], ends]  # (B, R, H)
     return (upcast(states) @ upcast(score_weight).T).squeeze(-1)

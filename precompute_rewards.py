@@ -211,21 +211,21 @@ def collate(rows, device):
     Returns integer tensors: input_ids, position_ids, segments (0: prompt, k: the k-th response, -1: padding),
     (B, T) each; ends, the positions of each response's last token, EOS, where rewards are read, (B, R).
     """
-    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)
+    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # a copy a response, less the prompt's own
     width += -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
     input_ids = np.zeros((len(rows), width), int)
     position_ids = np.zeros((len(rows), width), int)
     segments = np.full((len(rows), width), -1)
     ends = np.zeros((len(rows), len(rows[0]) - 1), int)
     for i, (prompt, *responses) in enumerate(rows):
-        last = end = len(prompt) - 1
-        input_ids[i, :last] = prompt[:-1]
-        position_ids[i, :last] = np.arange(last)
-        segments[i, :last] = 0
+        border = end = len(prompt) - 1
+        input_ids[i, :border] = prompt[:-1]
+        position_ids[i, :border] = np.arange(border)
+        segments[i, :border] = 0
         for k, response in enumerate(responses, 1):
             start, end = end, end + 1 + len(response)
             input_ids[i, start:end] = np.append(prompt[-1], response)
-            position_ids[i, start:end] = np.arange(last, last + end - start)
+            position_ids[i, start:end] = np.arange(border, border + end - start)
             segments[i, start:end] = k
             ends[i, k - 1] = end - 1
     return [torch.as_tensor(x, device=device) for x in (input_ids, position_ids, segments, ends)]
@@ -233,7 +233,7 @@ def collate(rows, device):
 
 def pair_mask(segments):
     """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). Causal. A response sees
-    the prompt and itself. Padding sees padding: a query that sees nothing gives NaN."""
+    the prompt and itself. Padding sees the prompt and padding: a query that sees nothing would give NaN."""
     query = segments[:, :, None]
     key = segments[:, None, :]
     return ((key == 0) | (key == query)).tril()[:, None]
@@ -250,7 +250,7 @@ def load_oracle(folder, device, dtype):
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
         assert hasattr(model, "score"), "it has no linear head score.weight"
         assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer is too large"
-        check_template(tokenizer, [])
+        end_token(tokenizer, [])
     except Exception as error:  # libraries raise anything where a file is damaged
         fail(f"--oracle {folder}: {reason(error)}; give a reward model with one label; oracle.py trains one")
     return tokenizer, model.to(device).eval()
@@ -264,31 +264,33 @@ def hash_of(path):
 
 
 def encode(tokenizer, prompt, responses, end=None):
-    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart, as
-    a token spans the border. With a chat template they are cut from the whole conversation that it writes: a
-    model reads what it would write. The prompt is all before the response, a thinking model's empty thought
-    too. A response ends in the token `end`, or without `end` where the template ends. Without a template a
-    text lies between BOS and EOS."""
+    """Token ids [prompt, *responses]; and whether prompt and responses are tokenised apart, because one token
+    would hold text of both. With a chat template the ids are cut from the conversation as the template writes
+    it. The prompt is all that precedes the response, an empty thought too. A response ends in the token
+    `end`; without `end`, where the template ends. Without a template a row is BOS, prompt, response, EOS."""
     assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is not a string"
+    assert all(isinstance(text, str) for text in texts), "a message's content is not a string"
+    assert all(isinstance(response, str) for response in responses), "a response is not a string"
     assert any(texts), "the prompt is empty"
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (
         "the prompt begins with a control token: give its text or its messages alone")
     plain = {"add_special_tokens": False, "split_special_tokens": True}  # control tokens in a text stay text
     if tokenizer.chat_template:
-        if isinstance(prompt, str) and not prompt[-1].isspace():  # a space separates text from text alone
+        if isinstance(prompt, str) and not prompt[-1].isspace():  # the space that parts it from a text prompt
             responses = [response.removeprefix(" ") for response in responses]
         chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
         for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
-        # two unlike responses have the prompt in common, and what follows a response
+        # the prompt is what conversations with two responses begin with, the tail what they end with. Where
+        # the prompt has begun the response, an empty one shows how far
         begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-        probes = ["4.", "" if begun else "I"]
-        one, other, *wholes = render(tokenizer, prompt, probes + responses)
-        head = os.path.commonprefix([one, other])
-        tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+        probes = ["4.", "I", *[""] * begun]
+        wholes = render(tokenizer, prompt, probes + responses)
+        head = os.path.commonprefix([wholes[0], wholes[len(probes) - 1]])
+        tail = os.path.commonprefix([wholes[0][::-1], wholes[1][::-1]])[::-1]
+        wholes = wholes[len(probes):]
     else:
         if not isinstance(prompt, str):
             turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
@@ -302,9 +304,9 @@ def encode(tokenizer, prompt, responses, end=None):
     ids = [head]
     for response, whole in zip(responses, wholes):
         own = tokenizer(response, **plain).input_ids + tail if apart else whole[len(head):]
-        if end in tail:
+        if end in tail:  # what the template writes after it goes
             own = own[:len(own) - len(tail) + tail.index(end) + 1]
-        elif end is not None:
+        elif end is not None:  # the template writes no end
             own = own[:len(own) - len(tail)] + [end]
         ids.append(own)
     return ids, apart
@@ -319,18 +321,20 @@ def render(tokenizer, prompt, responses, tokenize=True):
         *messages, last = messages
         begun = last["content"]
     chats = [[*messages, {"role": "assistant", "content": begun + response}] for response in responses]
+    # sanitize: a control token that is spelled in a message stays text
     return tokenizer.apply_chat_template(chats, tokenize=tokenize, sanitize_control_tokens=tokenize,
                                          return_dict=False)
 
 
 def template_of(tokenizer):
     """A short conversation as the chat template writes it, or "" without one: shows if prompts read alike."""
-    chat = tokenizer.chat_template and render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)
-    return chat[0] if chat else ""
+    if not tokenizer.chat_template:
+        return ""
+    return render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)[0]
 
 
-def check_template(tokenizer, ends):
-    """The token that ends a response: of what the chat template writes after one, the first token in `ends`,
+def end_token(tokenizer, stops):
+    """The token that ends a response: of what the chat template writes after one, the first token in `stops`,
     else the first control token, else EOS. Raises if `encode` differs from the template's own ids."""
     if not tokenizer.chat_template:
         return tokenizer.eos_token_id
@@ -341,7 +345,7 @@ def check_template(tokenizer, ends):
     if year in template_of(tokenizer) and year not in tokenizer.chat_template:
         say("the chat template writes the day's date: on another day the same prompts are other tokens")
     control = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
-    found = [id for id in response if id in ends] + [id for id in response if id in control]
+    found = [id for id in response if id in stops] + [id for id in response if id in control]
     return found[0] if found else tokenizer.eos_token_id
 
 
@@ -387,7 +391,7 @@ def fail(message):
 
 
 def reason(error):
-    """An error in words: its first sentence, as libraries write many. Of a KeyError the missing key."""
+    """An error's first sentence; for a KeyError the missing key."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
     text = " ".join(str(getattr(error, "msg", error)).split())

@@ -89,7 +89,7 @@ def main():
     steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the rows of each step, by the seed alone
     check_logits(lm, rows, args)
     model = ResponseModel(lm, bf16=args.dtype == "bf16")
-    engine = make_engine(model, args)  # AdamW under ZeRO-2
+    engine = make_engine(model, args)  # AdamW, under ZeRO by --deepspeed_config
     state = start_run(engine, args, rows, eval_rows)  # step 0; with --resume that of the last checkpoint
 
     nll = torch.zeros(1, device=device)  # sums since the last line of the log
@@ -104,7 +104,7 @@ def main():
             # the loss is the mean over the step's tokens; DeepSpeed divides by micro-batches and processes
             loss = -logps.sum() / response_tokens[batch].sum()
             engine.backward(loss * len(micro_batches) * world_size)
-            engine.step()  # the weights move after the step's last micro-batch
+            engine.step()  # after the last micro-batch the weights move by the mean of the gradients
             nll -= logps.detach().sum()
         targets += int(response_tokens[batch].sum())
         tokens += row_tokens[batch].sum()
@@ -164,7 +164,7 @@ class Rows:
 
     def __init__(self, path, keys, tokenizer, lm, max_length, limit=0, whole_turn=False):
         max_length = min(max_length, getattr(lm.config, "max_position_embeddings", None) or math.inf)
-        end = None if whole_turn else lm.generation_config.eos_token_id[0]
+        end = None if whole_turn else lm.generation_config.eos_token_id[0]  # load_model put it there
         flat = array("i")
         number = num_apart = 0
         lines, lengths = [], []
@@ -181,12 +181,11 @@ class Rows:
                     num_apart += apart
                     lines.append(number)
                     lengths.append([len(part) for part in ids])
-                    for part in ids:
-                        flat.extend(part)
+                    flat.extend(sum(ids, []))
         if not lines:
             fail(f"{path}: none of {number} rows fits in --max_length {max_length} or the model's positions")
         say(f"{path}: {len(lines)} rows, {number - len(lines)} over --max_length {max_length} dropped; "
-            f"{num_apart} tokenised apart from their prompt, as a token would span the border")
+            f"{num_apart} tokenised apart from their prompt, as one token would hold text of both")
         self.ids = np.frombuffer(flat, np.int32)
         self.lines = np.array(lines)
         self.lengths = np.array(lengths)
@@ -207,31 +206,33 @@ class Rows:
 
 
 def encode(tokenizer, prompt, responses, end=None):
-    """Token ids [prompt, *responses] of a prompt, text or messages; and whether they are tokenised apart, as
-    a token spans the border. With a chat template they are cut from the whole conversation that it writes: a
-    model reads what it would write. The prompt is all before the response, a thinking model's empty thought
-    too. A response ends in the token `end`, or without `end` where the template ends. Without a template a
-    text lies between BOS and EOS."""
+    """Token ids [prompt, *responses]; and whether prompt and responses are tokenised apart, because one token
+    would hold text of both. With a chat template the ids are cut from the conversation as the template writes
+    it. The prompt is all that precedes the response, an empty thought too. A response ends in the token
+    `end`; without `end`, where the template ends. Without a template a row is BOS, prompt, response, EOS."""
     assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    assert all(isinstance(text, str) for text in texts + responses), "a prompt or a response is not a string"
+    assert all(isinstance(text, str) for text in texts), "a message's content is not a string"
+    assert all(isinstance(response, str) for response in responses), "a response is not a string"
     assert any(texts), "the prompt is empty"
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (
         "the prompt begins with a control token: give its text or its messages alone")
     plain = {"add_special_tokens": False, "split_special_tokens": True}  # control tokens in a text stay text
     if tokenizer.chat_template:
-        if isinstance(prompt, str) and not prompt[-1].isspace():  # a space separates text from text alone
+        if isinstance(prompt, str) and not prompt[-1].isspace():  # the space that parts it from a text prompt
             responses = [response.removeprefix(" ") for response in responses]
         chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
         for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
-        # two unlike responses have the prompt in common, and what follows a response
+        # the prompt is what conversations with two responses begin with, the tail what they end with. Where
+        # the prompt has begun the response, an empty one shows how far
         begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-        probes = ["4.", "" if begun else "I"]
-        one, other, *wholes = render(tokenizer, prompt, probes + responses)
-        head = os.path.commonprefix([one, other])
-        tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+        probes = ["4.", "I", *[""] * begun]
+        wholes = render(tokenizer, prompt, probes + responses)
+        head = os.path.commonprefix([wholes[0], wholes[len(probes) - 1]])
+        tail = os.path.commonprefix([wholes[0][::-1], wholes[1][::-1]])[::-1]
+        wholes = wholes[len(probes):]
     else:
         if not isinstance(prompt, str):
             turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
@@ -245,9 +246,9 @@ def encode(tokenizer, prompt, responses, end=None):
     ids = [head]
     for response, whole in zip(responses, wholes):
         own = tokenizer(response, **plain).input_ids + tail if apart else whole[len(head):]
-        if end in tail:
+        if end in tail:  # what the template writes after it goes
             own = own[:len(own) - len(tail) + tail.index(end) + 1]
-        elif end is not None:
+        elif end is not None:  # the template writes no end
             own = own[:len(own) - len(tail)] + [end]
         ids.append(own)
     return ids, apart
@@ -262,18 +263,20 @@ def render(tokenizer, prompt, responses, tokenize=True):
         *messages, last = messages
         begun = last["content"]
     chats = [[*messages, {"role": "assistant", "content": begun + response}] for response in responses]
+    # sanitize: a control token that is spelled in a message stays text
     return tokenizer.apply_chat_template(chats, tokenize=tokenize, sanitize_control_tokens=tokenize,
                                          return_dict=False)
 
 
 def template_of(tokenizer):
     """A short conversation as the chat template writes it, or "" without one: shows if prompts read alike."""
-    chat = tokenizer.chat_template and render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)
-    return chat[0] if chat else ""
+    if not tokenizer.chat_template:
+        return ""
+    return render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)[0]
 
 
-def check_template(tokenizer, ends):
-    """The token that ends a response: of what the chat template writes after one, the first token in `ends`,
+def end_token(tokenizer, stops):
+    """The token that ends a response: of what the chat template writes after one, the first token in `stops`,
     else the first control token, else EOS. Raises if `encode` differs from the template's own ids."""
     if not tokenizer.chat_template:
         return tokenizer.eos_token_id
@@ -284,13 +287,14 @@ def check_template(tokenizer, ends):
     if year in template_of(tokenizer) and year not in tokenizer.chat_template:
         say("the chat template writes the day's date: on another day the same prompts are other tokens")
     control = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
-    found = [id for id in response if id in ends] + [id for id in response if id in control]
+    found = [id for id in response if id in stops] + [id for id in response if id in control]
     return found[0] if found else tokenizer.eos_token_id
 
 
 def plan_steps(row_tokens, args):
     """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor
-    --resume change them. Within a step the longest come first, so that a micro-batch holds little padding.
+    --resume change them. Each epoch is a new permutation, less the rows that fill no step. Within a step the
+    longest come first, so that a micro-batch holds little padding.
     Sets the defaults of --micro_batch_size, --max_steps and --warmup_steps."""
     num_rows, size = len(row_tokens), args.batch_size
     fitting = [n for n in range(1, 9) if size % (n * args.processes) == 0]
@@ -300,7 +304,9 @@ def plan_steps(row_tokens, args):
              f"{args.processes} processes; change one of them")
     if num_rows < size:
         fail(f"{args.data}: {num_rows} rows are fewer than --batch_size {size}; lower it")
-    args.max_steps = args.max_steps or max(1, int(args.epochs * num_rows / size))
+    if not args.max_steps:
+        epochs_end = int((args.epochs or 3) * num_rows / size)
+        args.max_steps = max(1, epochs_end if args.epochs else min(1000, epochs_end))
     if args.warmup_steps is None:
         args.warmup_steps = min(100, args.max_steps // 10)
     say(f"{args.max_steps} steps of {size}: {args.max_steps * size / num_rows:.2f} epochs, "
@@ -319,7 +325,7 @@ def set_learning_rate(engine, step, args):
     """Linear warm-up to --learning_rate, then a cosine to 0. step: from 1 on."""
     factor = step / max(1, args.warmup_steps)
     if step > args.warmup_steps:
-        done = (step - 1 - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+        done = (step - 1 - args.warmup_steps) / (args.max_steps - args.warmup_steps)
         factor = 0.5 + 0.5 * math.cos(math.pi * done)
     for group in engine.optimizer.param_groups:
         group["lr"] = args.learning_rate * factor
@@ -347,10 +353,10 @@ def load_model(folder, device):
                                                         attn_implementation="sdpa", output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
         assert len(tokenizer) <= lm.get_input_embeddings().num_embeddings, "its tokenizer is too large"
-        ends = lm.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-        end = check_template(tokenizer, ends)  # first in generation_config.json: servers stop there too
-        lm.generation_config.eos_token_id = [end, *sorted(ends - {end})]
+        stops = lm.generation_config.eos_token_id
+        stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
+        end = end_token(tokenizer, stops)  # first in generation_config.json: servers stop there too
+        lm.generation_config.eos_token_id = [end, *sorted(stops - {end})]
     except Exception as error:  # libraries raise anything where a file is damaged
         fail(f"--model {folder}: {reason(error)}; give the folder or the hub name of a whole causal LM")
     lm.get_input_embeddings().padding_idx = None  # it stops a token's gradient; some models pad with EOS
@@ -383,7 +389,7 @@ def start_run(engine, args, *splits):
     """The state to start from: step 0, or with --resume that of the last checkpoint, which it loads into the
     engine. Fails if the token ids or rewards of the splits are no longer those that the run began with."""
     sha256 = [split.sha256.hexdigest() for split in splits if split]
-    state = {"step": 0, "log_size": 0, "data_sha256": sha256}
+    state = {"step": 0, "log_size": 0, "data_sha256": sha256}  # align.py adds its references
     if args.resume:
         try:
             _, saved = engine.load_checkpoint(f"{args.out}/checkpoint")
@@ -398,7 +404,7 @@ def start_run(engine, args, *splits):
             with open(f"{args.out}/args.json", "w") as file:
                 json.dump(vars(args) | {"data_sha256": sha256}, file, indent=2)
         with open(f"{args.out}/log.jsonl", "a") as file:
-            file.truncate(state["log_size"])
+            file.truncate(state["log_size"])  # the steps after the checkpoint are logged again
     say(f"{args.out}: from step {state['step']}")
     return state
 
@@ -492,7 +498,7 @@ def fail(message):
 
 
 def reason(error):
-    """An error in words: its first sentence, as libraries write many. Of a KeyError the missing key."""
+    """An error's first sentence; for a KeyError the missing key."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
     text = " ".join(str(getattr(error, "msg", error)).split())
@@ -509,8 +515,8 @@ def check_flags(args, may_be_zero):
 
 
 def resume_or_start(parser, args):
-    """The flags of the run. With --resume they are those of <out>/args.json: one that is given again wins if
-    it may change, else it must be the same. Without it --out may hold no checkpoint and no model."""
+    """The flags of the run. With --resume they come from <out>/args.json: those in may_change may be given
+    anew, any other must be the same. Without --resume --out must hold no checkpoint and no model."""
     may_change = ("out", "resume", "local_rank", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
     before = {}
@@ -523,7 +529,8 @@ def resume_or_start(parser, args):
     elif unfinished or os.path.exists(f"{args.out}/config.json"):
         fail(f"--out: {args.out} holds a model or a checkpoint; go on with --resume, or name another folder")
     parser.set_defaults(**before)
-    now = vars(parser.parse_args()) | {"out": args.out, "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    now = vars(parser.parse_args()) | {"out": args.out, "stage": parser.prog}
+    now["processes"] = int(os.environ.get("WORLD_SIZE", 1))
     for name in before.keys() - may_change:
         if now[name] != before[name]:
             fail(f"--resume: {name} was {before[name]} and is now {now[name]}; go on as the run began")

@@ -22,7 +22,7 @@ hc_he has the pairs above both medians of all/train, of confidence and edit dist
   below, one is held out, in this call alone.)
 - A validation split that a set brings is all/validation. Its prompts leave every train set. hc_he and lc_le
   still hold out prompts of the train rows. These leave all/train and sft/train too.
-- A set with confidences loses its rows without one. A set without confidences becomes `all` alone.
+- A set with confidences loses its train rows without one. A set without confidences becomes `all` alone.
 - Ties are dropped, since their order is arbitrary: pairs with a true `tie` or two equal ratings.
 tests/PAPER.md has the reasons, and the other places where the paper leaves a choice.
 """
@@ -69,11 +69,10 @@ def main():
 
     # choose the prompts to hold out. `own` are those of validation splits that sets bring
     own = {row.prompt for kind in (pairs, sft) for row in kind["validation"]}
-    rated = {side: [row for row in rows if row.confidence is not None] for side, rows in pairs.items()}
-    if any(rated.values()) and rated != pairs:
-        missing = " and ".join(f"{len(pairs[side]) - len(rated[side]):,} {side}" for side in pairs)
-        print(f"without a confidence, left out of every split: {missing} rows")
-        pairs = rated
+    rated = [row for row in pairs["train"] if row.confidence is not None]
+    if rated and rated != pairs["train"]:
+        print(f"without a confidence, left out: {len(pairs['train']) - len(rated):,} train rows")
+        pairs["train"] = rated
     of_pairs = {row.prompt for row in pairs["train"]} - own
     of_sft = {row.prompt for row in sft["train"]} - own
     held = {prompt for prompt in of_pairs | of_sft if prompt / 2**64 < args.validation_fraction}
@@ -95,8 +94,7 @@ def main():
             print(f"{name}: of {len(kind['train']):,} train rows, {len(held_rows):,} held out by prompt, "
                   f"{len(kind['train']) - len(fresh):,} dropped as a validation split has their prompt")
         if not train:
-            fail(f"--dataset: no training rows are left of the {name}; lower --validation_fraction, or "
-                 "give confidences to the train rows too")
+            fail(f"--dataset: no training rows are left of the {name}; lower --validation_fraction")
         validation = kind["validation"] or held_rows
         if kind is pairs:
             files |= three_parts(train, held_rows, validation)
@@ -341,7 +339,7 @@ def print_table_5(files):
 
 # ---- the schemas. Each function turns a raw row into a row in our form, or (a str) says why it is dropped
 
-ARTICLE = "Article: {}\n\nTL;DR:"
+ARTICLE = "Summarize this news article clearly and concisely. Use TL;DR in your response:"  # Table 4
 TLDR = "SUBREDDIT: r/{}\n\nTITLE: {}\n\nPOST: {}\n\nTL;DR:"  # OpenAI's query format
 ROLES = "system", "developer", "user", "assistant", "tool"
 ANSWERS = "chosen", "rejected", "reference"
@@ -357,7 +355,7 @@ def openai_row(raw):
         parts = info["subreddit"], info.get("title") or "", info["post"]
         prompt = TLDR.format(*map(str.strip, parts))
     elif info.get("article"):  # the validation split's CNN/DM batches
-        prompt = ARTICLE.format(info["article"].strip())
+        prompt = article_prompt(info["article"], info.get("title"))
     else:
         return "without post and article"
     texts = [summary["text"].strip() for summary in raw["summaries"]]
@@ -410,8 +408,15 @@ def messages_row(raw):
 
 
 def article_row(raw):
-    row = {"prompt": ARTICLE.format(raw["article"].strip()), "chosen": raw["highlights"].replace("\n", " ")}
+    row = {"prompt": raw.get("prompt") or article_prompt(raw["article"], raw.get("title")),
+           "chosen": raw["highlights"].replace("\n", " ")}
     return row | ({"id": raw["id"]} if raw.get("id") else {})
+
+
+def article_prompt(article, title):
+    """The paper's prompt. CNN/DailyMail has no titles."""
+    parts = [ARTICLE, title and f"TITLE: {title.strip()}", article.strip()]
+    return "\n\n".join(filter(None, parts))
 
 
 def instruction_row(raw):
@@ -550,7 +555,8 @@ def write_files(files, args, store):
 
 def fail(message):
     """Ends the program on bad input: one line on stderr, exit status 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    line = " ".join(str(message).split())
+    tqdm.write(f"error: {line}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 

@@ -4,30 +4,44 @@ Files and tiny models stand under the names of the hub's datasets and models. A 
 a few rows. The judge is a local server that prefers the longer answer. The values in the tables are computed
 again from the generations and rewards alone.
 
-    python tests/paper.py       # some minutes
+    python tests/paper.py       # a minute or two
 
 Not run: the package alpaca_eval (tests/test_evaluate.py runs it; its verdicts are made up here), the
-commands for several machines, those of Table 5, which fetch data, UltraFeedback's with Phi-3-mini, and the
-Python code.
+commands for several machines, and those of Table 5, which fetch data.
 """
+import importlib
+import io
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from glob import glob
 from itertools import product
 from pathlib import Path
 from shutil import copy
+from unittest.mock import patch
 
 import matplotlib.image
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from conftest import ROOT, Judge, ends
+from conftest import ROOT, Judge
+from templates import make_tokenizer
 import toy
 
 TEXT = (ROOT / "tests/PAPER.md").read_text()
+PHI = "Phi-3-mini-4k-instruct"
+TEMPLATE = (  # as it is published
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content']"
+    " + '<|end|>\n'}}{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}"
+    "{% endif %}")
 TRAIN = "--max_steps 2 --batch_size 4 --dtype fp32"
 SMALL = {"sft.py": TRAIN, "oracle.py": TRAIN, "align.py": f"{TRAIN} --keep_steps 1 --learning_rate 0.1",
          "generate.py": "--num_prompts 4 --max_new_tokens 8 --dtype fp32"}
@@ -36,6 +50,7 @@ deepspeed() { printf '%s\\0' "$@" > request; read status < reply; return $status
 python() { deepspeed "$@"; }
 alpaca_eval() {  # the package's verdicts on three answers
     mkdir -p out/alpaca/judge
+    [ -e $2 ] && [ -e $4 ]
     row='{"generator_1": "dpo", "output_1": "a", "generator_2": "drdo", "output_2": "b", "preference"'
     echo "[$row: 2}, $row: 2}, $row: 1}]" > out/alpaca/judge/annotations.json
 }
@@ -53,21 +68,17 @@ def main():
         os.environ["OPENAI_API_KEY"] = "none"
         with tqdm(unit=" programs") as bar:
             shell(block("gc=--gradient_checkpointing"), bar)  # UltraFeedback
+            shell(block("python splits.py --prompts tatsu-lab"), bar)
+            shell(block("for alpha"), bar)  # the sweeps
             shell(block("python splits.py --prompts data/all/validation.jsonl"), bar)  # sampled rewards
-            for path in "data", "out/oracle", "rewards.pt":  # of UltraFeedback: TL;DR has its own
+            for path in "data", "out/oracle", "rewards.pt", *glob("out/reward_model_*"):  # TL;DR has its own
                 os.rename(path, f"{path}.ultrafeedback")
             shell(block("python splits.py --dataset openai/summarize_from_feedback"), bar)  # TL;DR
-            prompts, answer = re.search(r"`(python splits.py --prompts tatsu[^`]*)`.*?`(generate.py[^`]*)`",
-                                        " ".join(TEXT.split())).groups()
-            shell(prompts, bar)
-            for policy in ("drdo", "dpo", "edpo"):  # those of TL;DR answer, in place of UltraFeedback's
-                os.symlink(f"all/{policy}", f"out/{policy}")
-                answer_too = answer.replace("out/drdo", f"out/{policy}")
-                shell(f"deepspeed {answer_too} --model out/{policy}", bar)
             shell(block("python evaluate.py --judge_check"), bar)
             for line in re.findall(r"`(evaluate.py --[^`]*)`", TEXT):
                 shell(f"python {line}", bar)
-            shell(block("python evaluate.py --generations out/{drdo,dpo,edpo}/alpaca.jsonl --alpaca"), bar)
+            shell(block(f"python evaluate.py --generations out/{PHI}/{{drdo,dpo,edpo}}/alpaca.jsonl"), bar)
+        run_python()
         check()
 
 
@@ -98,9 +109,11 @@ def make_hub():
     for size, width in (("125m", 8), ("350m", 16), ("1.3b", 24), ("2.7b", 32)):
         make_model(f"facebook/opt-{size}", tokenizer, "opt", hidden_size=width, word_embed_proj_dim=width,
                    ffn_dim=width)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    make_model("microsoft/Phi-3-mini-4k-instruct", tokenizer, "phi3", hidden_size=16, intermediate_size=16,
+    tokenizer = make_tokenizer(TEMPLATE)
+    make_model(f"microsoft/{PHI}", tokenizer, "phi3", hidden_size=16, intermediate_size=16,
                num_key_value_heads=2)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+    GenerationConfig(eos_token_id=ends).save_pretrained(f"microsoft/{PHI}")
     copy(ROOT / "ds_config.json", ".")
     os.mkfifo("request")
     os.mkfifo("reply")
@@ -111,7 +124,7 @@ def make_model(folder, tokenizer, family, **sizes):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family, vocab_size=len(tokenizer), num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=512, pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
+        max_position_embeddings=2048, pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -119,22 +132,49 @@ def make_model(folder, tokenizer, family, **sizes):
 
 def block(start):
     """The block of code in PAPER.md that begins with this."""
-    return next(code for code in re.findall(r"```\n(.*?)```", TEXT, re.DOTALL) if code.startswith(start))
+    return next(code for code in re.findall(r"^```(?:python)?\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+                if code.startswith(start))
 
 
 def shell(code, bar):
-    """Runs bash commands. Each `deepspeed x.py` or `python x.py` in them runs as a forked process, small."""
+    """Runs bash commands. Each `deepspeed x.py` or `python x.py` in them runs in this process, small."""
     with subprocess.Popen(["bash", "-c", SHELL + code]) as bash:
         while (request := Path("request").read_bytes()) != b"end":
             script, *flags = request.decode().split("\0")[:-1]
-            bar.set_postfix_str(" ".join([script, *flags])[:60])
             flags += SMALL.get(script, "").split()
-            status, output, errors = ends([(os.getcwd(), [script, *flags])])
+            bar.set_postfix_str(" ".join([script, *flags])[:60])
+            status, output = run(script, flags)
             bar.update()
             if status:
-                tqdm.write(f"{script} {' '.join(flags)} ended with {status}:\n{output}\n{errors}")
+                tqdm.write(f"{script} {' '.join(flags)} ended with {status}:\n{output}")
             Path("reply").write_text(f"{status}\n")
     assert not bash.returncode, code
+
+
+def run(script, flags):
+    """(exit status, what it prints) of a program."""
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output), patch.object(sys, "argv", [script, *flags]):
+        try:
+            importlib.import_module(script.removesuffix(".py")).main()
+        except SystemExit as ending:
+            return ending.code or 0, output.getvalue()
+        except Exception:
+            traceback.print_exc()
+            return 1, output.getvalue()
+    return 0, output.getvalue()
+
+
+def run_python():
+    """The blocks of Python: the picture by gamma, and a loss on random log-probs and rewards."""
+    exec(block("import torch\nfrom matplotlib"), {})
+    names = [f"{of}{kind}" for of in ("chosen_", "rejected_") for kind in ("logps", "lengths")]
+    names += ["ref_chosen_logps", "ref_rejected_logps", "oracle_chosen", "oracle_rejected"]
+    batch = {name: torch.rand(3) for name in names}
+    for name in "chosen_logps", "rejected_logps":
+        batch[name] = (-9 * batch[name]).requires_grad_()
+    exec(block("from losses import drdo_loss"), batch | {"oracle_std": 2.0})
+    assert batch["chosen_logps"].grad.abs().min() > 0 and Path("preference_loss.png").exists()
 
 
 # ---- each value of the tables and figures, computed again --------------------------------------------------
@@ -170,10 +210,11 @@ def expected_values():
     """{(table, policy, opponent, group): (name of the value, the value)} from generations and rewards."""
     expected = {}
     methods = ["drdo", "dpo", "edpo"]
-    for size, policy, opponent in product(["125m", "350m", "1.3b", "2.7b"], methods, ["sft", "dpo"]):
+    students = ["opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b", PHI]
+    for student, policy, opponent in product(students, methods, ["sft", "dpo"]):
         if policy != opponent:
-            rate = win_rate(answers(f"opt-{size}/{policy}"), answers(f"opt-{size}/{opponent}"))
-            expected["table2", policy, opponent, f"folder out/opt-{size}"] = "win_rate", rate
+            rate = win_rate(answers(f"{student}/{policy}"), answers(f"{student}/{opponent}"))
+            expected["table2", policy, opponent, f"folder out/{student}"] = "win_rate", rate
     start = answers("sft")
     for split, policy in product(["all", "hc_he", "lc_le"], methods):
         group = f"folder out/{split}"
@@ -187,8 +228,8 @@ def expected_values():
             theirs = answers(f"{split}/dpo", "t0.7.jsonl", length)
             expected["table1", policy, "dpo", group] = "win_rate", win_rate(ours, theirs)
     expected["alpaca", "drdo", "dpo", "all"] = "win_rate", 2 / 3
-    rate = win_rate(answers("drdo", "alpaca.jsonl", length), answers("dpo", "alpaca.jsonl", length))
-    expected["table3", "out/drdo", "out/dpo", "all"] = "win_rate", rate
+    ours, theirs = (answers(f"{PHI}/{policy}", "alpaca.jsonl", length) for policy in ("drdo", "dpo"))
+    expected["table3", f"out/{PHI}/drdo", f"out/{PHI}/dpo", "all"] = "win_rate", win_rate(ours, theirs)
     pairs = rows_of("data/all/validation.jsonl")
     saved = torch.load("validation.pt", weights_only=True)
     lengths, rewards = {}, {}
@@ -210,8 +251,13 @@ def check():
         found = [record[name] for record in json.load(open(f"out/{table}/evaluation.json"))["comparisons"]
                  if [record["policy"], record["opponent"], record["group"]] == comparison]
         assert found and abs(found[-1] - value) < 1e-5, (key, name, value, found)
-    outputs = [row["output"] for row in json.load(open("out/alpaca/out_drdo_outputs.json"))]
-    assert outputs == [row["response"].strip() for row in rows_of("out/drdo/alpaca.jsonl")]
+    outputs = [row["output"] for row in json.load(open(f"out/alpaca/out_{PHI}_drdo_outputs.json"))]
+    assert outputs == [row["response"].strip() for row in rows_of(f"out/{PHI}/drdo/alpaca.jsonl")]
+    ends = json.load(open(f"out/{PHI}/drdo/generation_config.json"))["eos_token_id"]
+    control = {token["content"]: token["id"] for token in json.load(
+        open(f"out/{PHI}/drdo/tokenizer.json"))["added_tokens"]}
+    assert ends == [control["<|end|>"], control["EOS"]]  # servers stop at the end of a turn
+    assert len(glob("out/sweep/*/model.safetensors")) == 2 * 4 + 4
     assert sum(value in (0, 0.5) for _, value in expected.values()) < 16, "the policies do not differ"
     pictures = ["out/table2/win_rates.png", "out/figure3/advantages.png", "out/figure4/curves.png"]
     for picture in pictures:

@@ -121,7 +121,7 @@ CASES = {
     "a beta of NaN": (f"{DPO} --beta nan", {}, "--beta nan: give a finite number above 0"),
     "a negative seed": (f"{ORACLE} --seed -1", {}, "--seed -1: give a finite number of 0 or more"),
     "a top-p of 2": (f"{GENERATE} --top_p 2", {}, "--top_p 2.0: it is a probability"),
-    "a file for a folder": (f"splits.py --dataset {TRAIN} --out rewards.pt/a", {}, "--out ...'rewards.pt/a'"),
+    "a file for a folder": (f"splits.py --dataset {TRAIN} --out rewards.pt/a", {}, "...directory: 'rewards.pt/a'"),
     "a folder for a file": ("precompute_rewards.py --out out", {}, "--out out is a folder; name a file"),
     "data to relabel in place": (f"{SCORE} --relabel ./{TRAIN}", {}, "one would overwrite another; name"),
     "prompts for --out": (f"generate.py --out {HELD_OUT}", {}, f"--out {HELD_OUT} would overwrite --prompts"),
@@ -135,14 +135,13 @@ CASES = {
         DPO, {"ds_config.json": entries(gradient_clipping="auto")}, "ds_config.json: ...; unless"),
     # checkpoints
     "nothing to resume": (f"{SFT} --resume", {}, "--resume: new/checkpoint holds no checkpoint; start"),
-    "an unfinished run": (f"{DPO} --out stopped", {}, "--out: stopped holds a model or a checkpoint; go on with"),
-    "a finished model": (f"{ORACLE} --out out/sft", {}, "--out: out/sft holds a model or a checkpoint; go on with --resume, or name another folder"),
+    "an unfinished run": (f"{DPO} --out stopped", {}, "--out: stopped holds ...; go on with --resume"),
+    "a finished model": (f"{ORACLE} --out out/sft", {}, "--out: out/sft holds a model ...another folder"),
     "another flag": (f"{RESUME} --beta 0.5", {}, "--resume: beta was 0.1 and is now 0.5; go on as the run"),
     "another stage": ("sft.py --out stopped --resume", {}, "--resume: stage was align.py and is now sft.py"),
     "other data": (RESUME, {TRAIN: row(chosen=" no")}, "--resume: ...the data, ... have changed; go on as"),
     "a checkpoint without a file": (RESUME, {STATE: None}, "cannot load stopped/checkpoint: ...; go on as"),
     "a checkpoint cut off": (RESUME, {STATE: cut}, "--resume: cannot load stopped/checkpoint: ...; go on as"),
-    "flags cut off": (RESUME, {"stopped/args.json": cut}, "--resume: stopped/args.json: ...; delete stopped"),
 }
 
 # what looks odd and is no mistake: the command, the edits, what is printed

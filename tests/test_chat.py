@@ -13,7 +13,7 @@ from pathlib import Path
 import jinja2
 import pytest
 import torch
-from conftest import free_port, run
+from conftest import ROOT, ends, free_port, run
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           LlamaConfig, Phi3Config, PreTrainedTokenizerFast)
@@ -27,19 +27,21 @@ TEXTS = ["Who wrote Hamlet? Shakespeare wrote it.", "A man, I think; it is four.
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-EMPTY_THOUGHT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think>\n"
-                 "\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+EMPTY_THOUGHT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+                 "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 PHI3 = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}")
-GEMMA = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
-         "{% endif %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+GEMMA = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
+         "{{ raise_exception('no system') }}{% endif %}<start_of_turn>"
+         "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
          "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
          "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
 ZEPHYR = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
           "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
-VICUNA = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} ASSISTANT:"
-          "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+VICUNA = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+          "USER: {{ m['content'] }} ASSISTANT:{% else %} {{ m['content'] }}{{ eos_token }}"
+          "{% endif %}{% endfor %}")
 NO_END = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 
 
@@ -71,10 +73,10 @@ def llama_2(template=None):
     tokenizer = Tokenizer.from_str(json.dumps(backend))
     tokenizer.pre_tokenizer = None  # as its tokenizer.json has it
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                           decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
-                                        unk_token="<unk>", pad_token="<pad>", clean_up_tokenization_spaces=False)
+                                        unk_token="<unk>", pad_token="<pad>")
     tokenizer.chat_template = template
     return tokenizer
 
@@ -101,25 +103,26 @@ def finished(tokenizer, prompt, answer):
         messages=messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
-def ends_of(tokenizer):
-    return align.check_template(tokenizer, {tokenizer.eos_token_id})
+def end_of(tokenizer):
+    return align.end_token(tokenizer, {tokenizer.eos_token_id})
 
 
-# ---- the templates -------------------------------------------------------------------------------------------
+# ---- the templates -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("template, prompt, end", [
-    (CHATML, "<|im_start|>user\nWho wrote Hamlet?<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
-    (EMPTY_THOUGHT, "<|im_start|>user\nWho wrote Hamlet?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+@pytest.mark.parametrize("template, before, after, end", [
+    (CHATML, "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    (EMPTY_THOUGHT, "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
      "<|im_end|>"),
-    (PHI3, "<|user|>\nWho wrote Hamlet?<|end|>\n<|assistant|>\n", "<|end|>"),
-    (GEMMA, "<s><start_of_turn>user\nWho wrote Hamlet?<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"),
-    (VICUNA, "<s>USER: Who wrote Hamlet? ASSISTANT: ", "<|endoftext|>"),
-    (NO_END, "<|user|>Who wrote Hamlet?<|assistant|>", "<|endoftext|>")])
-def test_prompt_response_and_end_are_those_of_a_finished_turn(template, prompt, end):
+    (PHI3, "<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>"),
+    (GEMMA, "<s><start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"),
+    (VICUNA, "<s>USER: ", " ASSISTANT: ", "<|endoftext|>"),
+    (NO_END, "<|user|>", "<|assistant|>", "<|endoftext|>")])
+def test_prompt_response_and_end_are_those_of_a_finished_turn(template, before, after, end):
     tokenizer = byte_level(template, more=["<|end|>", "<|user|>", "<|assistant|>"])
-    stop = align.check_template(tokenizer, {tokenizer.convert_tokens_to_ids("<|end|>")})
+    stop = align.end_token(tokenizer, {tokenizer.convert_tokens_to_ids("<|end|>")})
     assert tokenizer.convert_ids_to_tokens(stop) == end
     ids, apart = align.encode(tokenizer, QUESTION, ["He did.", "I"], stop)
+    prompt = f"{before}Who wrote Hamlet?{after}"
     assert [tokenizer.decode(part) for part in ids] == [prompt, f"He did.{end}", f"I{end}"]
     assert not apart
 
@@ -146,7 +149,7 @@ def test_templates_of_trl(path, process_group):
         with pytest.raises(Exception):
             align.encode(tokenizer, QUESTION, [answer], tokenizer.eos_token_id)
         return
-    stop = ends_of(tokenizer)
+    stop = end_of(tokenizer)
     (prompt, response), apart = align.encode(tokenizer, QUESTION, [answer], stop)
     before, after = text.split(answer)
     end = tokenizer.convert_ids_to_tokens(stop)
@@ -159,11 +162,11 @@ def test_templates_of_trl(path, process_group):
 def test_the_end_is_the_models_own_then_a_control_token_then_eos():
     tokenizer = byte_level(PHI3, more=["<|end|>"])
     end, eos = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.eos_token_id
-    assert align.check_template(tokenizer, {end, eos}) == end
-    assert align.check_template(tokenizer, {eos}) == eos  # it stands behind <|end|> and a newline
-    assert align.check_template(tokenizer, set()) == end
-    assert align.check_template(byte_level(NO_END), set()) == byte_level(NO_END).eos_token_id
-    assert align.check_template(byte_level(), {7}) == byte_level().eos_token_id
+    assert align.end_token(tokenizer, {end, eos}) == end
+    assert align.end_token(tokenizer, {eos}) == eos  # it stands behind <|end|> and a newline
+    assert align.end_token(tokenizer, set()) == end
+    assert align.end_token(byte_level(NO_END), set()) == byte_level(NO_END).eos_token_id
+    assert align.end_token(byte_level(), {7}) == byte_level().eos_token_id
 
 
 def test_a_reward_model_reads_all_that_the_template_writes():
@@ -175,7 +178,7 @@ def test_a_reward_model_reads_all_that_the_template_writes():
 def test_a_response_goes_on_in_a_turn_that_the_prompt_began():
     tokenizer = byte_level(CHATML)
     prompt = [*QUESTION, {"role": "assistant", "content": "It was"}]
-    ids, apart = align.encode(tokenizer, prompt, [" him.", "n't me."], ends_of(tokenizer))
+    ids, apart = align.encode(tokenizer, prompt, [" him.", "n't me."], end_of(tokenizer))
     assert tokenizer.decode(ids[0]).endswith("<|im_start|>assistant\nIt was") and not apart
     assert [tokenizer.decode(part) for part in ids[1:]] == [" him.<|im_end|>", "n't me.<|im_end|>"]
 
@@ -199,10 +202,10 @@ def test_a_template_that_another_way_of_tokenising_changes_is_refused(monkeypatc
     tokenizer = byte_level(CHATML)
     monkeypatch.setattr(align, "encode", lambda *_: (([1, 2], [3]), False))
     with pytest.raises(AssertionError, match="other tokens"):
-        align.check_template(tokenizer, set())
+        align.end_token(tokenizer, set())
 
 
-# ---- spaces, borders, control tokens in texts ----------------------------------------------------------------
+# ---- spaces, borders, control tokens in texts --------------------------------------------------------------
 
 def pieces(tokenizer, ids):
     return [tokenizer.convert_ids_to_tokens(part) for part in ids]
@@ -227,7 +230,8 @@ def test_where_a_token_spans_the_border_both_are_tokenised_apart(tmp_path, proce
     backend["added_tokens"] = []
     backend["model"]["vocab"]["QA"] = 256
     backend["model"]["merges"] = [["Q", "A"]]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="</s>")
+    backend = Tokenizer.from_str(json.dumps(backend))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     ids, apart = align.encode(tokenizer, "aQ", ["Ab", "bc"], tokenizer.eos_token_id)
     assert apart and pieces(tokenizer, ids) == [["a", "Q"], ["A", "b", "</s>"], ["b", "c", "</s>"]]
     ids, apart = align.encode(tokenizer, "aQ", ["bA", "bc"], tokenizer.eos_token_id)
@@ -248,14 +252,12 @@ def test_control_tokens_that_a_text_spells_stay_text(make, template):
     control = "</s>" if make is llama_2 else "<|endoftext|>"
     text = f"Use {control} or <|im_end|> here."
     prompt = [{"role": "user", "content": text}] if template else text
-    ids, _ = align.encode(tokenizer, prompt, [text, " It."], ends_of(tokenizer))
+    ids, _ = align.encode(tokenizer, prompt, [text, " It."], end_of(tokenizer))
     special = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     written = [sum(id in special for id in part) for part in ids]
     assert written[1:] == [1, 1]  # the end
     assert written[0] == (3 if template else 1)  # two starts and an end; or BOS
     assert text in tokenizer.decode(ids[0]) and tokenizer.decode(ids[1][:-1]).strip() == text
-    other = tokenizer(" It is four.", add_special_tokens=False)
-    assert other.input_ids == tokenizer(" It is four.", add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def test_a_space_separates_a_response_from_a_text_prompt_and_from_nothing_else():
@@ -281,7 +283,7 @@ def test_a_prompt_that_carries_its_template_already_is_refused(prompt):
 def test_prompt_and_generated_response_are_the_text_that_was_sampled(make, template):
     """And read again it has the same tokens."""
     tokenizer = make(template)
-    end = ends_of(tokenizer)
+    end = end_of(tokenizer)
     texts = ["Shakespeare wrote it.", "    return 1"]
     for prompt in ("Answer:", "Answer:\n", QUESTION):
         for text in texts:
@@ -299,10 +301,11 @@ def test_messages_without_a_template_are_turns():
     assert [tokenizer.decode(part) for part in ids] == [
         "<s>System: be brief\n\nHuman: hi\n\nAssistant:\n", "yes<|endoftext|>"]
     begun = [*prompt, {"role": "assistant", "content": "I say"}]
-    assert tokenizer.decode(align.encode(tokenizer, begun, [])[0][0]).endswith("Human: hi\n\nAssistant: I say")
+    (ids,), _ = align.encode(tokenizer, begun, [])
+    assert tokenizer.decode(ids).endswith("Human: hi\n\nAssistant: I say")
 
 
-# ---- the stages ----------------------------------------------------------------------------------------------
+# ---- the stages --------------------------------------------------------------------------------------------
 
 def test_the_log_probs_are_those_of_the_models_own_text_up_to_its_end(tmp_path):
     """Phi-3 is published with an eos_token that its template does not end a turn with."""
@@ -313,8 +316,8 @@ def test_the_log_probs_are_those_of_the_models_own_text_up_to_its_end(tmp_path):
     model.save_pretrained(tmp_path / "base")
     rows = [{"prompt": QUESTION, "chosen": "He did.", "rejected": "  I do not know"}]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
-    run("align.py", "--loss", "dpo", "--model", tmp_path / "base", "--data", tmp_path / "pairs.jsonl", "--eval_data",
-        "", "--batch_size", 1, "--max_steps", 1, "--out", tmp_path / "dpo")
+    run("align.py", "--loss", "dpo", "--model", tmp_path / "base", "--data", tmp_path / "pairs.jsonl",
+        "--eval_data", "", "--batch_size", 1, "--max_steps", 1, "--out", tmp_path / "dpo")
     logged = json.loads((tmp_path / "dpo" / "log.jsonl").read_text().splitlines()[0])
     for key in ("chosen", "rejected"):
         text = finished(tokenizer, QUESTION, rows[0][key])
@@ -333,12 +336,13 @@ def test_a_trained_reward_model_is_as_right_here_as_by_its_own_forward(template,
     tokenizer = byte_level(template)
     model = small_model(tmp_path / "rm", tokenizer, classifier=True).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    pairs = [{"prompt": [{"role": "user", "content": f"question {n}"}], "chosen": f"yes {n}", "rejected": f"no {n}"}
-             for n in range(24)]
+    pairs = [{"prompt": [{"role": "user", "content": f"question {n}"}], "chosen": f"yes {n}",
+              "rejected": f"no {n}"} for n in range(24)]
 
     def reward(row, key):
         chat = [*row["prompt"], {"role": "assistant", "content": row[key]}]
-        return model(**tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)).logits[0, 0]
+        inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+        return model(**inputs).logits[0, 0]
 
     for _ in range(3):
         for row in pairs[:16]:
@@ -352,36 +356,53 @@ def test_a_trained_reward_model_is_as_right_here_as_by_its_own_forward(template,
         tmp_path / "rewards.pt")
     saved = torch.load(tmp_path / "rewards.pt", weights_only=True)
     own = torch.tensor([[reward(row, key).item() for row in pairs[16:]] for key in ("chosen", "rejected")])
-    torch.testing.assert_close(torch.stack([saved["chosen"][0], saved["rejected"][0]]), own, rtol=0, atol=1e-4)
+    saved = torch.cat([saved["chosen"], saved["rejected"]])
+    torch.testing.assert_close(saved, own, rtol=0, atol=1e-4)
     assert (own[0] > own[1]).all()
 
 
-def test_a_template_that_writes_the_time_is_noticed(tmp_path):
-    """--resume refuses prompts that are other tokens now. align.py says when rewards are of other prompts."""
-    clock = "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}" \
-            "{{ eos_token }}{% endfor %}"
-    tokenizer = byte_level(clock, more=["<|user|>", "<|assistant|>"])
-    small_model(tmp_path / "base", tokenizer)
+def test_a_template_that_writes_the_date_says_so(process_group, capsys):
+    template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+    end_of(byte_level(template))
+    assert "writes the day's date" in capsys.readouterr().out
+    end_of(byte_level(template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")))
+    assert not capsys.readouterr().out
+
+
+def test_prompts_that_read_otherwise_are_noticed(tmp_path):
+    """As on another day: align.py says so of rewards, and --resume refuses it."""
+    day = "Today is a Monday.\n" + CHATML
+    tokenizer = byte_level(day)
     small_model(tmp_path / "rm", tokenizer, classifier=True)
-    data = tmp_path / "pairs.jsonl"
+    tokenizer.chat_template = day.replace("Monday", "Tuesday")
+    small_model(tmp_path / "base", tokenizer)
+    data, rewards, out = (tmp_path / name for name in ("pairs.jsonl", "rewards.pt", "drdo"))
     write_jsonl(data, [{"prompt": QUESTION, "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(4)])
-    run("precompute_rewards.py", "--oracle", tmp_path / "rm", "--data", data, "--out", tmp_path / "rewards.pt")
-    out = tmp_path / "drdo"
-    (out / "config.json").parent.mkdir()
-    flags = ["align.py", "--model", tmp_path / "base", "--data", data, "--eval_data", "", "--batch_size", 4,
-             "--oracle_rewards", tmp_path / "rewards.pt", "--max_steps", 2, "--save_steps", 1, "--out", out]
-    said = subprocess.run([sys.executable, *map(str, flags), "--dtype", "fp32", "--loss", "drdo"],
-                          cwd=Path(align.__file__).parent, capture_output=True, text=True)
-    assert "writes the day's date" in said.stdout and "in another form than --model does" in said.stdout
+    run("precompute_rewards.py", "--oracle", tmp_path / "rm", "--data", data, "--out", rewards)
+    (out / "generation_config.json").mkdir(parents=True)  # in the way of the model: the run stops there
+    flags = (f"align.py --model {tmp_path}/base --data {data} --eval_data= --oracle_rewards {rewards} "
+             f"--batch_size 4 --max_steps 2 --save_steps 1 --dtype fp32 --out {out}")
+    status, output, _ = ends([(ROOT, flags.split())])
+    assert status == 2 and "an Oracle read its prompts in another form" in output
+    (out / "generation_config.json").rmdir()
+    (out / "config.json").unlink()
+    tokenizer.chat_template = day.replace("Monday", "Wednesday")
+    tokenizer.save_pretrained(tmp_path / "base")
+    error = run("align.py", "--out", out, "--resume", expect=2)
+    assert "the data, their token ids or their rewards have changed" in error
 
 
-def test_phi_3s_way_from_sft_to_a_server(tmp_path):
+def test_phi_3_from_sft_to_a_server(tmp_path):
     """sft.py teaches <|end|>, generate.py stops at it, and so does a server of the folder."""
     tokenizer = byte_level(PHI3, more=["<|end|>", "<|user|>", "<|assistant|>"])
-    small_model(tmp_path / "base", tokenizer, Phi3Config)
-    write_jsonl(tmp_path / "train.jsonl", [{"prompt": [{"role": "user", "content": "hi"}], "chosen": "yes"}] * 16)
-    run("sft.py", "--model", tmp_path / "base", "--data", tmp_path / "train.jsonl", "--eval_data", "", "--batch_size",
-        16, "--max_steps", 40, "--learning_rate", "1e-2", "--out", tmp_path / "sft")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    model = small_model(tmp_path / "base", tokenizer, Phi3Config)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    model.save_pretrained(tmp_path / "base")
+    question = [{"role": "user", "content": "hi"}]
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": question, "chosen": "yes"}] * 16)
+    run("sft.py", "--model", tmp_path / "base", "--data", tmp_path / "train.jsonl", "--eval_data", "",
+        "--batch_size", 16, "--max_steps", 40, "--learning_rate", "1e-2", "--out", tmp_path / "sft")
     run("generate.py", "--model", tmp_path / "sft", "--prompts", tmp_path / "train.jsonl", "--temperature", 0,
         "--max_new_tokens", 9, "--out", tmp_path / "answers.jsonl")
     answer, = [json.loads(line) for line in open(tmp_path / "answers.jsonl")]
@@ -391,10 +412,9 @@ def test_phi_3s_way_from_sft_to_a_server(tmp_path):
              "--device", "cpu"]
     server = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        body = {"model": str(tmp_path / "sft"), "messages": [{"role": "user", "content": "hi"}],
-                "max_tokens": 20, "temperature": 0}
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
+        body = {"model": str(tmp_path / "sft"), "messages": question, "max_tokens": 20, "temperature": 0}
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         for _ in range(60):
             try:
                 reply = json.load(urllib.request.urlopen(request, timeout=60))

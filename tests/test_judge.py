@@ -65,6 +65,18 @@ def test_equal_responses_tie_unasked_and_have_no_flip(judged, tmp_path, drawn): 
     assert "| flips | first |" in table and "- judge: toy-judge, instruction prompt; 5 prompts" in table
 
 
+def test_the_win_rate_without_ties_stands_beside_it(judged, tmp_path):
+    with Judge(longer) as judge:
+        figures, _ = judged(judge, PAIRS, *THEM)
+        us = figures[KEPT]
+        assert counts(us) == (3, 1, 1) and (us["win_rate"], us["decided_win_rate"]) == (3.5 / 5, 3 / 4)
+        table = (tmp_path / "out/evaluation.md").read_text()
+        assert "|             win rate | W/(W+L) |" in table and "] |   0.750 |" in table
+        decided, _ = judged(judge, [row for row in PAIRS if row["prompt"] != "p3"], *THEM)
+        assert decided[KEPT]["decided_win_rate"] == decided[KEPT]["win_rate"] == 3 / 4
+        assert "W/(W+L)" not in (tmp_path / "out/evaluation.md").read_text()
+
+
 # ---- what is asked
 
 def test_a_summary_is_judged_beside_the_reference_and_an_instruction_is_not(judged):

@@ -60,7 +60,9 @@ def test_losses_agree_with_400_digit_arithmetic(dtype, tolerance):
     for alpha in (0.0, 0.01, 1.0):
         check(losses.oracle_loss(rw, rl, zw, alpha), exact_oracle, rw, rl, zw, [alpha] * len(zw))
     for gamma in (0.0, 0.5, 2.0, 5.0):
-        loss = losses.drdo_loss(zw, zl, sw, sl, rw, rl, alpha=0.1, gamma=gamma)
+        loss, distillation, contrastive = losses.drdo_loss(zw, zl, sw, sl, rw, rl, alpha=0.1, gamma=gamma)
+        torch.testing.assert_close(distillation, (rw - rl - (sw - sl)) ** 2)
+        torch.testing.assert_close(distillation + contrastive, loss)
         check(loss, exact_drdo, zw, zl, sw, sl, rw, rl, [0.1] * len(zw), [gamma] * len(zw))
 
 
@@ -80,8 +82,9 @@ def test_values_and_gradients_are_finite_everywhere(dtype, gamma):
     zw, zl = torch.tensor(list(itertools.product(edges, edges)), dtype=dtype).T
     leaves = [x.clone().requires_grad_() for x in (zw, zl, zl / 4, zw / 4)]
     zw, zl, a, b = leaves
-    for loss in (losses.drdo_loss(zw, zl, a, b, b, a, alpha=1.0, gamma=gamma), losses.dpo_loss(zw, zl, b, a),
-                 losses.ipo_loss(zw, zl, b, a), losses.edpo_loss(zw, zl, b, a, a[None], b[None]),
+    for loss in (losses.drdo_loss(zw, zl, a, b, b, a, alpha=1.0, gamma=gamma)[0],
+                 losses.dpo_loss(zw, zl, b, a), losses.ipo_loss(zw, zl, b, a),
+                 losses.edpo_loss(zw, zl, b, a, a[None], b[None]),
                  losses.oracle_loss(a, b, zw, alpha=0.5)):
         assert loss.shape == zw.shape and loss.dtype == torch.promote_types(dtype, torch.float32)
         assert loss.isfinite().all()
@@ -110,20 +113,16 @@ def test_gradient_is_equation_30_focal_factor_included(gamma):
 
 def test_edpo_ensembles():
     generator = torch.Generator().manual_seed(1)
-    chosen, rejected = (torch.randn(3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    chosen, rejected = torch.randn(2, 3, 8, generator=generator, dtype=torch.float64)
     zw, zl, ref_w, ref_l = -50 * torch.rand(4, 8, generator=generator, dtype=torch.float64)
     zw.requires_grad_()
     edpo = lambda *rewards, **how: losses.edpo_loss(zw, zl, ref_w, ref_l, *rewards, **how)
-    gradient = lambda loss: torch.autograd.grad(loss.sum(), zw)[0]
-    ensemble = edpo(chosen, rejected, ensemble="mean")
-    one = edpo(chosen.mean(0, keepdim=True), rejected.mean(0, keepdim=True))
-    torch.testing.assert_close(gradient(ensemble), gradient(one))  # as when it distils the mean reward
-    each = torch.stack([edpo(c[None], r[None]) for c, r in zip(chosen, rejected)])
-    torch.testing.assert_close(ensemble, each.sum(0) / 3)
-    torch.testing.assert_close(edpo(chosen, rejected, ensemble="min"), each.min(0).values)
-    torch.testing.assert_close(edpo(chosen[:1], rejected[:1], ensemble="min"), each[0])
-    second = (chosen[1] - rejected[1] - 0.1 * ((zw - zl) - (ref_w - ref_l))) ** 2
-    torch.testing.assert_close(each[1], second)
+    errors = (chosen - rejected - 0.1 * ((zw - zl) - (ref_w - ref_l))) ** 2  # (3, 8)
+    torch.testing.assert_close(edpo(chosen, rejected, ensemble="mean"), errors.sum(0) / 3)
+    torch.testing.assert_close(edpo(chosen, rejected, ensemble="min"), errors.min(0).values)
+    mean = edpo(chosen.mean(0, keepdim=True), rejected.mean(0, keepdim=True))
+    gradients = [torch.autograd.grad(loss.sum(), zw) for loss in (edpo(chosen, rejected), mean)]
+    torch.testing.assert_close(*gradients)  # as when it distils the mean reward
     with pytest.raises(ValueError, match="median"):
         edpo(chosen, rejected, ensemble="median")
 
@@ -182,3 +181,7 @@ def test_half_precision_is_summed_in_fp32(dtype):
     logits = lm_head(hidden[0, :-1]).double()
     expected = logits.log_softmax(-1).gather(-1, input_ids[0, 1:, None]).sum()
     assert logps.dtype == torch.float32 and logps.item() == pytest.approx(expected.item(), rel=1e-5)
+    rewards = losses.last_token_rewards(hidden, lm_head.weight[:1], torch.tensor([[500, 3]]))
+    expected = hidden[0, [500, 3]].double() @ lm_head.weight[0].double()
+    torch.testing.assert_close(rewards[0].double(), expected, rtol=1e-5, atol=1e-6)
+    assert rewards.dtype == torch.float32

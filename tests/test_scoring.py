@@ -79,7 +79,8 @@ def test_too_long_texts_get_nan_and_equal_texts_one_reward(tmp_path):
     """Beside short ones to the same prompt. The others have the classifier's own rewards."""
     tokenizer = byte_level()
     classifier = small_model(tmp_path / "rm", tokenizer, classifier=True)
-    prompts, responses = ["What?", "Who was it, then?"], ["Paris.", "x" * 60, "No.", "Paris.", "I do not know."]
+    prompts = ["What?", "Who was it, then?"]
+    responses = ["Paris.", "x" * 60, "No.", "Paris.", "I do not know."]
     rows = [{"prompt": prompt, "response": response} for response in responses for prompt in prompts]
     rows[4]["reference"] = "Paris."
     rows[5]["reference"] = "A long time ago."
@@ -92,7 +93,8 @@ def test_too_long_texts_get_nan_and_equal_texts_one_reward(tmp_path):
         text = f"{tokenizer.bos_token}{prompt}{response}{tokenizer.eos_token}"
         return classifier(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.item()
 
-    expected = [math.nan if len(row["response"]) == 60 else own(row["prompt"], row["response"]) for row in rows]
+    expected = [math.nan if row["response"] == "x" * 60 else own(row["prompt"], row["response"])
+                for row in rows]
     assert saved["response"][0].tolist() == pytest.approx(expected, abs=1e-5, nan_ok=True)
     assert saved["response"][0, 0] == saved["response"][0, 6] == saved["reference"][0, 4]
     assert saved["reference"][0, 5] == pytest.approx(own(prompts[1], "A long time ago."), abs=1e-5)

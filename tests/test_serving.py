@@ -1,6 +1,5 @@
 """Other programs take the policy that align.py --loss drdo writes. llama.cpp's package `gguf` has a place for
 every tensor. `transformers serve` answers a chat request."""
-import hashlib
 import json
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import free_port, run, together
+from conftest import call, free_port, save_rewards
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config
 
@@ -27,12 +26,10 @@ CONFIGS = {"LLAMA": LlamaConfig, "PHI3": Phi3Config, "QWEN2": Qwen2Config}
 def drdo(tmp_path_factory):
     """{architecture: the folder of a policy of DRDO (head)}, of tiny random models, one step each."""
     home = tmp_path_factory.mktemp("serving")
-    tokenizer, pairs = toy.make_tokenizer(), toy.make_pairs(8, 1)
+    tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    toy.write_jsonl(f"{home}/pairs.jsonl", pairs)
-    sha256 = hashlib.sha256((home / "pairs.jsonl").read_bytes()).hexdigest()
-    torch.save({"chosen": torch.randn(1, 8), "rejected": torch.randn(1, 8), "oracles": ["random"],
-                "data_sha256": sha256}, home / "rewards.pt")
+    toy.write_jsonl(home / "pairs.jsonl", toy.make_pairs(8, 1))
+    save_rewards(home / "rewards.pt", home / "pairs.jsonl", torch.randn(1, 8, 2))
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
     folders = {}
     for name, config in CONFIGS.items():
@@ -40,9 +37,9 @@ def drdo(tmp_path_factory):
         model.save_pretrained(home / name)
         tokenizer.save_pretrained(home / name)
         folders[name] = home / f"{name}.drdo"
-    train = (run, "align.py", "--loss", "drdo", "--data", home / "pairs.jsonl", "--eval_data", "",
-             "--oracle_rewards", home / "rewards.pt", "--batch_size", 8, "--max_steps", 1)
-    together(*((*train, "--model", home / name, "--out", folder) for name, folder in folders.items()))
+        call("align.py", "--loss", "drdo", "--data", home / "pairs.jsonl", "--eval_data", "",
+             "--oracle_rewards", home / "rewards.pt", "--batch_size", 8, "--max_steps", 1,
+             "--model", home / name, "--out", folders[name])
     return folders
 
 

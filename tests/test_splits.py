@@ -276,13 +276,14 @@ def test_of_a_tiny_set_one_prompt_is_held_out_and_leaves_every_train_set(tmp_pat
     assert not (pairs[0] | sft[0]) & (pairs[1] | sft[1])
 
 
-def test_pairs_without_a_confidence_leave_a_set_that_has_some(tmp_path):
+def test_train_pairs_without_a_confidence_leave_a_set_that_has_some(tmp_path):
     raw = [comparison(i, i % 9 or (None if i % 2 else float("nan"))) for i in range(90)]
-    raw += [comparison(i, None, "valid1") for i in range(5)]
+    raw += [comparison(i, i or None, "valid1") for i in range(5)]
     stdout = run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw))
-    assert "without a confidence, left out of every split: 10 train and 5 validation rows" in stdout
-    rows = read(tmp_path / "data/all/train.jsonl") + read(tmp_path / "data/all/validation.jsonl")
-    assert len(rows) == 80 and all(row["confidence"] for row in rows)
+    assert "without a confidence, left out: 10 train rows" in stdout
+    train = read(tmp_path / "data/all/train.jsonl")
+    assert 60 < len(train) < 80 and all(row["confidence"] for row in train)
+    assert prompts_of(tmp_path / "data/all/validation.jsonl") == {post(i, "valid1") for i in range(5)}
 
 
 def test_a_set_without_a_part_writes_no_file_and_removes_that_of_an_earlier_call(tmp_path):
@@ -299,6 +300,7 @@ def test_a_set_without_a_part_writes_no_file_and_removes_that_of_an_earlier_call
 
 # ---- raw rows
 
+ARTICLE = "Summarize this news article clearly and concisely. Use TL;DR in your response:"
 LABEL = "SUBREDDIT: r/gardens\nTITLE: Title 1\nPOST: Post 1 of train.\nMore.\nTL;DR: "
 HUMAN = "\n\nHuman: Hello\n\nthere?\n\nAssistant: Hi.\n\nHuman: Tea?\n\nAssistant:"
 TALK = [user("Hello\n\nthere?"), assistant("Hi."), user("Tea?")]
@@ -311,7 +313,8 @@ YES, NO = [user("Ask?"), assistant("Yes, b.")], [user("Ask?"), assistant("No b."
 @pytest.mark.parametrize("raw, expected", [
     (comparison(1), SUMMARIES),
     (comparison(1, title=None), SUMMARIES | {"prompt": post(1).replace("Title 1", "")}),
-    (comparison(1, post=None, article="News.\n"), SUMMARIES | {"prompt": "Article: News.\n\nTL;DR:"}),
+    (comparison(1, post=None, article="News.\n"),
+     SUMMARIES | {"prompt": f"{ARTICLE}\n\nTITLE: Title 1\n\nNews."}),
     ({"chosen": YES, "rejected": NO, "who": 1},
      {"prompt": YES[:1], "chosen": "Yes, b.", "rejected": "No b.", "who": 1, "edit_distance": 0.5}),
     ({"chosen": HUMAN + " Yes,\n\nplease. ", "rejected": HUMAN + " No."},
@@ -327,7 +330,9 @@ YES, NO = [user("Ask?"), assistant("Yes, b.")], [user("Ask?"), assistant("No b."
     ({"prompt": TALK, "completion": [assistant("Yes.")]}, {"prompt": TALK, "chosen": "Yes."}),
     ({"messages": [*TALK, assistant("Yes.")], "prompt": "Hello"}, {"prompt": TALK, "chosen": "Yes."}),
     ({"article": "News. ", "highlights": "One .\nTwo .", "id": "a1"},
-     {"prompt": "Article: News.\n\nTL;DR:", "chosen": " One . Two .", "id": "a1"}),
+     {"prompt": f"{ARTICLE}\n\nNews.", "chosen": " One . Two .", "id": "a1"}),
+    ({"article": "News.", "highlights": "One .", "prompt": "News.\n\nTL;DR:"},
+     {"prompt": "News.\n\nTL;DR:", "chosen": " One ."}),
     ({"instruction": "Do", "input": "", "output": "Done."}, {"prompt": [user("Do")], "chosen": "Done."}),
     ({"instruction": "Do", "input": "it", "output": "Yes."},
      {"prompt": [user("Do\n\nit")], "chosen": "Yes."}),
@@ -473,7 +478,7 @@ def test_prompt_sets_hold_no_prompt_twice_and_the_sets_answer_as_reference(tmp_p
     for rows in news, alpaca:
         numbers = [int(row["reference"].split()[1]) for row in rows]
         assert len(set(numbers)) == 20 and numbers != sorted(numbers)
-        assert rows == [{"prompt": f"Article: News {i}.\n\nTL;DR:", "reference": f" One {i} .", "id": f"a{i}",
+        assert rows == [{"prompt": f"{ARTICLE}\n\nNews {i}.", "reference": f" One {i} .", "id": f"a{i}",
                          "dataset": "news"} if rows is news else
                         {"prompt": [user(f"Do {i}")], "reference": f"Done {i}",
                          "dataset": f"set {i % 2}"} for i in numbers]  # alpaca's own, e.g. "koala"
@@ -509,7 +514,7 @@ def test_every_format_gives_the_same_files_and_so_does_a_set_in_two_files(tmp_pa
 def test_in_a_csv_an_empty_number_is_none_and_a_numeral_in_a_text_column_a_text(tmp_path):
     raw = [GOOD | {"prompt": "7", "confidence": ""}, GOOD | {"prompt": "Why, so?", "confidence": 1}]
     stdout = run(tmp_path, "--dataset", write(tmp_path / "a.csv", raw), "--prompts", "a.csv", *WHOLE)
-    assert "left out of every split: 1 train" in stdout
+    assert "left out: 1 train rows" in stdout
     assert prompts_of(tmp_path / "data/prompts/a.jsonl") == {"7", "Why, so?"}
 
 
@@ -649,6 +654,6 @@ def test_preference_sets_of_two_schemas_or_scales_do_not_mix(tmp_path):
 
 
 def test_no_training_row_left_is_one_line(tmp_path):
-    raw = [comparison(1, None), comparison(2, side="valid1")]
+    raw = [comparison(1), comparison(1) | {"split": "valid1"}]
     message = run(tmp_path, "--dataset", write(tmp_path / "raw.jsonl", raw), status=2)
     assert "no training rows are left of the preference sets" in message

@@ -1,7 +1,7 @@
 """
 The laboratory: a toy TL;DR task written by code, whose true reward is known, and a tiny LM that can do it.
 
-On real data only an Oracle or a judge says who won. Here a result can be checked against the truth as well.
+On real data only an Oracle or a judge says who won. Here a program knows who did.
 
 What is true: the author of a post tells five facts (job, city, thing lost, cause, feeling; 24 values each),
 mixed with sentences about other people (distractors) and fillers. A summary is worth
@@ -16,7 +16,7 @@ the pairs are minimal edits, half are summaries of two independent writers. The 
 articles: other sentences, more distractors, twice as long.
 
     python tests/toy.py --out out/toy --seed 0                               # about 80 s on one core
-    python evaluate.py ... --reward_fn tests/toy.py:true_reward              # generations judged by the truth
+    python evaluate.py ... --reward_fn tests/toy.py:true_reward              # judged by the true reward
 
 OUT/raw/comparisons.jsonl  pairs, in the schema of openai/summarize_from_feedback
 OUT/raw/sft.jsonl          writers' summaries of mixed quality, schema of CarperAI/openai_summarize_tldr
@@ -161,10 +161,10 @@ def author_facts(prompt):
 
 def true_reward(row):
     """The true reward, at most 5, of a row's `response` to its `prompt`; `eos` False (default True): cut."""
-    truth = author_facts(str(row["prompt"]))
+    facts = author_facts(str(row["prompt"]))
     words = str(row["response"]).split()
     told = [word for word in words if word in SLOT_OF]
-    right = sum(truth.get(SLOT_OF[value]) == value for value in set(told))
+    right = sum(facts.get(SLOT_OF[value]) == value for value in set(told))
     wrong, repeats = len(set(told)) - right, len(told) - len(set(told))
     illegal = sum(pair not in LEGAL for pair in bigrams(words))
     cut = not row.get("eos", True)
@@ -304,8 +304,9 @@ def make_posts(n, seed):
 
 
 def make_articles(n, seed):
-    """Rows article, highlights, id of abisee/cnn_dailymail: articles and perfect highlights."""
-    return [{"article": doc["text"], "highlights": text, "id": hashlib.sha1(doc["text"].encode()).hexdigest()}
+    """Rows article, highlights, id of abisee/cnn_dailymail: articles and perfect highlights; and a prompt."""
+    return [{"article": doc["text"], "highlights": text, "prompt": doc["prompt"],
+             "id": hashlib.sha1(doc["text"].encode()).hexdigest()}
             for doc, text in documents("articles", gold_plan, n, seed, article=True)]
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole road on the toy task of tests/toy.py: raw comparisons, splits, SFT, the Oracle, an ensemble, four
-# policies, their answers in and out of domain, and win rates against SFT by the Oracle and by the truth.
-# It takes about 5 minutes on two cores, with the installation. It deletes what an older run left in out/toy.
-# Packages go into the active environment, or else into .venv.
+# The whole pipeline on the toy task of tests/toy.py: raw comparisons, splits, SFT, the Oracle, an ensemble,
+# four policies, their answers in and out of domain, and win rates against SFT by the Oracle and by the true
+# reward. It takes about 6 minutes on two cores, with the installation into .venv (see environment.sh). It
+# deletes what an older run left in out/toy.
 #
 #     bash tests/toy.sh                  # writes out/toy; SEED=1 bash tests/toy.sh for another world
 #
@@ -11,11 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=out/toy seed=${SEED:-0}
 
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-  python3 -m venv .venv
-  . .venv/bin/activate
-fi
-python -m pip install -q -r requirements.txt
+. tests/environment.sh requirements.txt
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 rm -rf "$out"
 mkdir -p "$out/logs"
@@ -77,12 +73,13 @@ score generations generations.jsonl "$out/oracle"; settle
 stage curves python evaluate.py --curves "$out"/{drdo_head,drdo_logps,dpo,edpo} --out "$out/curves"
 against="--generations $out/generations.jsonl --against SFT reference --group_by dataset"
 stage by_oracle python evaluate.py $against --rewards "$out/generations.pt" --out "$out/by_oracle"; settle
-stage by_truth python evaluate.py $against --reward_fn tests/toy.py:true_reward --out "$out/by_truth"; settle
+stage by_true_reward python evaluate.py $against --reward_fn tests/toy.py:true_reward \
+  --out "$out/by_true_reward"; settle
 
 # ---- the verdicts side by side
 python - "$out" <<'PYTHON'
 import json, sys
-oracle, truth = (json.load(open(f"{sys.argv[1]}/{by}/evaluation.json")) for by in ("by_oracle", "by_truth"))
+oracle, true = (json.load(open(f"{sys.argv[1]}/{by}/evaluation.json")) for by in ("by_oracle", "by_true_reward"))
 
 def find(rows, **keys):
     return next(row for row in rows if all(row[key] == value for key, value in keys.items()))
@@ -95,14 +92,14 @@ print("|" + "|".join("-" * (n + 2) for n in (12, 8, 20, 20, 11, 6, 4)) + "|")
 line = "| {:12} | {:8} | {:20} | {:20} | {:11.2f} | {:>6} | {:>4} |"
 for prompts in ("test", "articles"):
     where = {"group": f"dataset {prompts}", "temperature": "all"}
-    gold = find(truth["policies"], policy="SFT", **where)["reward"]
-    gold -= find(truth["comparisons"], policy="SFT", opponent="reference", **where)["reward_difference"]
+    gold = find(true["policies"], policy="SFT", **where)["reward"]
+    gold -= find(true["comparisons"], policy="SFT", opponent="reference", **where)["reward_difference"]
     print(line.format("reference", prompts, "", "", gold, "", ""))
-    for policy in dict.fromkeys(row["policy"] for row in truth["policies"]):
-        own, wins = find(truth["policies"], policy=policy, **where), ["", ""]
+    for policy in dict.fromkeys(row["policy"] for row in true["policies"]):
+        own, wins = find(true["policies"], policy=policy, **where), ["", ""]
         if policy != "SFT":
-            rows = [find(by["comparisons"], policy=policy, opponent="SFT", **where) for by in (oracle, truth)]
+            rows = [find(by["comparisons"], policy=policy, opponent="SFT", **where) for by in (oracle, true)]
             wins = ["{:.3f} [{:.3f}, {:.3f}]".format(r["win_rate"], *r["win_rate_interval"]) for r in rows]
         print(line.format(policy, prompts, *wins, own["reward"], f"{own['tokens']:.1f}", f"{own['eos']:.2f}"))
 PYTHON
-echo; echo "$SECONDS s in all. Tables and pictures by temperature: $out/by_oracle, $out/by_truth, $out/curves"
+echo; echo "$SECONDS s in all. Tables and pictures by temperature: $out/by_oracle, $out/by_true_reward, $out/curves"

@@ -224,7 +224,8 @@ def log_probs(lm, tokenizer, rows):
     """log pi(y|x) of each generated row, a list. An answer that was cut off has no EOS."""
     logps = []
     for row in rows:
-        (prompt, answer), _ = align.encode(tokenizer, row["prompt"], [row["response"]], tokenizer.eos_token_id)
+        end = tokenizer.eos_token_id
+        (prompt, answer), _ = align.encode(tokenizer, row["prompt"], [row["response"]], end)
         ids = torch.tensor(prompt + (answer if row["eos"] else answer[:-1]))
         logits = lm(ids[None]).logits[0, len(prompt) - 1:-1]  # (tokens of the answer, V)
         chosen = logits.log_softmax(-1).gather(1, ids[len(prompt):, None])
