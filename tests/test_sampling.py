@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
+from conftest import call, read_jsonl
+from test_chat import byte_level, small_model
 from test_layout import random_lm
 from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig,
                           LogitsProcessorList, MambaConfig, OPTConfig, Phi3Config, Qwen2Config,
                           TemperatureLogitsWarper, TopPLogitsWarper)
 
 import generate
+import toy
 
 SHAPE = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, pad_token_id=1,
              max_position_embeddings=128, bos_token_id=None, eos_token_id=None)
@@ -164,3 +167,22 @@ def test_a_model_without_attention_does_not_take_it():
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=None)
     assert not generate.takes_mask(AutoModelForCausalLM.from_config(config).eval(), prompts()[2], 24)
+
+
+def test_answers_of_such_a_model_are_written_all_the_same(tmp_path, capsys):
+    """By Transformers' own generate; the text at temperature 0 is that of the model's own argmax."""
+    tokenizer = byte_level()
+    model = small_model(tmp_path, tokenizer, Phi3Config, sliding_window=16)
+    toy.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Who wrote Hamlet?"}, {"prompt": "Why?"}])
+    call("generate.py", "--model", tmp_path, "--prompts", tmp_path / "prompts.jsonl", "--temperature", 0, 1,
+         "--max_new_tokens", 12)
+    assert "does not take the mask" in capsys.readouterr().out
+    rows = read_jsonl(tmp_path / "generations.jsonl")
+    assert [(row["prompt"], row["temperature"]) for row in rows] == [
+        (prompt, temperature) for prompt in ("Who wrote Hamlet?", "Why?") for temperature in (0, 1)]
+    for row in rows[::2]:
+        ids = tokenizer(tokenizer.bos_token + row["prompt"]).input_ids
+        for _ in range(row["tokens"] + row["eos"]):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        assert text == row["prompt"] + row["response"]
