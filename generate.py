@@ -9,21 +9,33 @@ Out:  <model>/generations.jsonl, a row for each prompt and temperature, in promp
     deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out out/dpo/cnn.jsonl
     deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      # greedy
 
-A prompt that stands in several rows is taken once. Batches hold prompts of similar length. Each has a seed of
-its own: the number of processes does not change the text. Batch size and list of temperatures do.
+The answers of a prompt, one for each temperature, grow side by side in one row, like a pair in align.py. The
+prompt a b c is read once. Each step feeds a token of each answer, here of d e f and g h i:
+
+    token       a   b | c   c | d   g | e   h | ...     c predicts d, and it predicts g
+    answer      0   0 | 1   2 | 1   2 | 1   2           a token sees the prompt (0) and its own answer
+    position    0   1 | 2   2 | 3   3 | 4   4
+
+A prompt that stands in several rows is taken once. Batches hold prompts of similar length. Each answer draws
+from its own generator, seeded by prompt, temperature and --seed: the text does not depend on the number of
+processes. Batch size and the other temperatures change it by rounding alone, which bf16 makes frequent.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import sys
 import time
+from functools import partial
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch.nn.functional import pad
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Cache, DynamicLayer, GenerationConfig,
+                          logging)
 
 
 def main():
@@ -38,21 +50,24 @@ def main():
         fail(f"{args.prompts}: none of {len(rows)} prompts fits with --max_new_tokens {args.max_new_tokens} "
              f"in --max_length {max_length}, or the model's positions; lower the one or raise the other")
 
-    # ---- batches by length, at each temperature; each process gets its share of every temperature
+    # ---- batches by length; each process gets its share
     kept.sort(key=lambda i: -len(prompts[i]))
     batches = [kept[i:i + args.micro_batch_size] for i in range(0, len(kept), args.micro_batch_size)]
-    tasks = list(enumerate((temperature, batch) for batch in batches for temperature in args.temperature))
-    tasks.sort(key=lambda task: task[1][0])
+    answer = generate
+    if not takes_mask(model, prompts[kept[0]], args.max_new_tokens):
+        say(f"{args.model} does not take the mask of several answers in a row: each reads its prompt anew")
+        answer = generate_apart
     written = []  # ((prompt, temperature), row)
-    for number, (temperature, batch) in tqdm(tasks[rank::world_size], args.generator, disable=rank > 0):
-        torch.manual_seed((args.seed * 1_000_003 + number) % 2**63)
-        results = generate(model, [prompts[i] for i in batch], temperature, args.top_p, args.max_new_tokens,
-                           ends)
-        for i, (ids, ended) in zip(batch, results):
+    for batch in tqdm(batches[rank::world_size], args.generator, disable=rank > 0):
+        results = answer(model, [prompts[i] for i in batch], args.temperature, args.top_p,
+                         args.max_new_tokens, ends, args.seed)
+        for i, answers in zip(batch, results):
             row = {name: value for name, value in rows[i].items() if name not in ("chosen", "rejected")}
-            row |= {"response": decode(tokenizer, row["prompt"], prompts[i], ids), "temperature": temperature,
-                    "generator": args.generator, "tokens": len(ids), "eos": ended}
-            written.append(((i, temperature), row))
+            for temperature, (ids, ended) in zip(args.temperature, answers):
+                response = decode(tokenizer, row["prompt"], prompts[i], ids)
+                written.append(((i, temperature), row | {
+                    "response": response, "temperature": temperature, "generator": args.generator,
+                    "tokens": len(ids), "eos": ended}))
 
     # ---- save
     parts = [None] * world_size
@@ -68,20 +83,143 @@ def main():
 
 
 @torch.no_grad()
-def generate(model, prompts, temperature, top_p, max_new_tokens, ends):
-    """Response ids of a batch of prompts (lists of ids), without EOS, and whether each came to its EOS."""
+def generate(model, prompts, temperatures, top_p, max_new_tokens, ends, seed):
+    """Samples answers to B prompts, lists of token ids, at n temperatures. Returns for each prompt n answers:
+    (ids without EOS, whether it came to its EOS)."""
+    B, n = len(prompts), len(temperatures)
+    tensor = partial(torch.tensor, device=model.device)
+    draws = tensor([[draw(ids, t, seed, max_new_tokens) for t in temperatures] for ids in prompts])
+    cache, mask, position_ids = read_prompts_once(model, prompts, n)
+    own = torch.eye(n, dtype=torch.bool, device=model.device)  # of a step's n tokens an answer sees its own
+    tokens = tensor([ids[-1:] * n for ids in prompts])  # (B, n)
+    answers = tokens.new_zeros(B, n, max_new_tokens)
+    ended = torch.zeros_like(tokens, dtype=torch.bool)
+    rows = torch.arange(B, device=model.device)  # the prompts that are in the batch
+    for step in range(max_new_tokens):
+        mask = torch.cat([mask, own.expand(len(rows), 1, n, n)], -1)  # (B, 1, n, keys)
+        logits = model(tokens, attention_mask=mask, position_ids=position_ids + step, past_key_values=cache,
+                       use_cache=True).logits  # (B, n, V)
+        tokens = sample(logits.float().flatten(0, 1), tensor(temperatures).repeat(len(rows)), top_p,
+                        draws[rows, :, step].flatten()).view(-1, n)
+        answers[rows, :, step] = tokens
+        ended |= torch.isin(tokens, tensor(sorted(ends)))
+        going = ~ended.all(1)
+        if not going.any():
+            break
+        if not going.all():  # a row leaves when all its answers have ended
+            cache.batch_select_indices(going)
+            state = rows, tokens, ended, mask, position_ids
+            rows, tokens, ended, mask, position_ids = [x[going] for x in state]
+    return [[cut(ids, ends) for ids in row] for row in answers.tolist()]
+
+
+def read_prompts_once(model, prompts, n):
+    """Reads B prompts less their last tokens. Returns the cache; for n tokens behind each prompt the mask by
+    which they see it, (B, 1, n, keys), and their first position, (B, n)."""
+    lengths = torch.tensor([[len(ids) - 1] for ids in prompts], device=model.device)  # (B, 1)
+    width = int(lengths.max())
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    if width:  # causal, padded right: needs no mask
+        input_ids = torch.tensor([ids[:-1] + [0] * (width + 1 - len(ids)) for ids in prompts])
+        model.base_model(input_ids=input_ids.to(model.device), past_key_values=cache, use_cache=True)
+    mask = torch.arange(width, device=model.device) < lengths  # (B, keys)
+    return cache, mask[:, None, None].expand(-1, 1, n, -1), lengths.expand(-1, n)
+
+
+def sample(logits, temperature, top_p, draws, size=256):
+    """Samples a token of each row of logits (N, V) at its temperature (N,), among the fewest likeliest tokens
+    that together hold `top_p`. draws: uniform in [0, 1), (N,). Returns (N,). Sorts the likeliest `size`
+    tokens, and more where they do not hold top_p: to sort all takes longer than the model."""
+    logits = logits / temperature.clamp(min=1e-6)[:, None]  # at 0 the likeliest token has probability 1
+    top, tokens = logits.topk(min(size, logits.shape[1]))  # (N, size), falling
+    probabilities = (top - logits.logsumexp(-1, keepdim=True)).exp()
+    held = probabilities.cumsum(-1)
+    # in the order of ids: the order of probabilities changes with the rounding, from batch to batch
+    order = tokens.argsort(-1)
+    below = probabilities.where(held - probabilities < top_p, 0).gather(-1, order).cumsum(-1)
+    drawn = (below <= draws[:, None] * below[:, -1:]).sum(-1, keepdim=True)
+    chosen = tokens.gather(-1, order.gather(-1, drawn)).squeeze(-1)
+    wider = held[:, -1] < top_p
+    if size < logits.shape[1] and wider.any():
+        chosen[wider] = sample(logits[wider], torch.ones_like(draws[wider]), top_p, draws[wider], 16 * size)
+    return chosen
+
+
+def draw(prompt, temperature, seed, number):
+    """Random numbers of an answer, uniform in [0, 1): by its prompt, its temperature and --seed."""
+    digest = hashlib.sha256(repr((prompt, float(temperature), seed)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.rand(number, generator=generator, dtype=torch.float64).tolist()
+
+
+def cut(ids, ends):
+    """(ids up to the first that is in `ends`, whether there is one)."""
+    stop = next((i for i, token in enumerate(ids) if token in ends), None)
+    return ids[:stop], stop is not None
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values in room made ahead. Transformers' own layer copies all of them a step."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.room = torch.stack([keys, values])[..., :0, :]  # (2, B, heads, tokens, D)
+        start = self.get_seq_length()
+        end = start + keys.shape[2]
+        if end > self.room.shape[3]:
+            self.room = pad(self.room, (0, 0, 0, end - start + 256))
+        self.room[..., start:end, :] = torch.stack([keys, values])
+        self.keys, self.values = self.room[..., :end, :]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        self.room = self.room[:, indices]
+        self.keys, self.values = self.room[..., :self.get_seq_length(), :]
+
+
+@torch.no_grad()
+def takes_mask(model, prompt, max_new_tokens):
+    """Whether two answers in a row get the logits of the model's own forward, behind the longest prompt. The
+    prompt, repeated, stands for the answers' first tokens."""
+    length = len(prompt) + max_new_tokens
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) or length for name in ("sliding_window", "attention_chunk_size")]
+    if min(windows) < length:  # the mask would bypass it
+        return False
+    context = (prompt * length)[:max(1, length - 8)]
+    answer = context[-8:]
+    R = len(answer)
+    ids = torch.tensor([context + answer, context + answer[::-1]], device=model.device)
+    try:
+        own = model(ids, logits_to_keep=R).logits  # (2, R, V)
+        cache, mask, position_ids = read_prompts_once(model, [context + answer[:1]], 2 * R)
+        segment = torch.ones(R, R, dtype=torch.bool, device=model.device).tril()
+        mask = torch.cat([mask, torch.block_diag(segment, segment)[None, None]], -1)
+        position_ids = position_ids + torch.arange(R, device=model.device).repeat(2)
+        row = model(ids[:, -R:].reshape(1, -1), attention_mask=mask, position_ids=position_ids,
+                    past_key_values=cache, use_cache=True).logits.view_as(own)
+    except Exception:  # models break in many ways on a mask or a position they do not know
+        return False
+    distance = (row.float().softmax(-1) - own.float().softmax(-1)).abs().sum(-1).mean() / 2  # in [0, 1]
+    return bool(distance < (0.08 if model.dtype == torch.bfloat16 else 0.001))
+
+
+@torch.no_grad()
+def generate_apart(model, prompts, temperatures, top_p, max_new_tokens, ends, seed):
+    """As `generate`, by Transformers' own, a temperature after the other. The text depends on the batch."""
     width = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
-                              pad_token_id=min(ends), do_sample=temperature > 0, **sampling)
-    output = model.generate(input_ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
     results = []
-    for ids in output:
-        stop = next((i for i, token in enumerate(ids) if token in ends), None)
-        results.append((ids[:stop], stop is not None))
-    return results
+    for temperature in temperatures:
+        torch.manual_seed(int(draw(prompts[0], temperature, seed, 1)[0] * 2**53))
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+        config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
+                                  pad_token_id=min(ends), do_sample=temperature > 0, **sampling)
+        output = model.generate(input_ids, attention_mask=mask, generation_config=config)[:, width:]
+        results.append([cut(ids, ends) for ids in output.tolist()])
+    return [*zip(*results)]
 
 
 def decode(tokenizer, prompt, prompt_ids, ids):
@@ -140,6 +278,8 @@ def load_model(folder, device, dtype):
         ends.add(end_token(tokenizer, ends))
     except Exception as error:  # libraries raise anything where a file is damaged
         fail(f"--model {folder}: {reason(error)}; give the folder or the hub name of a whole causal LM")
+    if device.type == "cpu":  # or it copies the keys for each of the query heads that share them
+        os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
     model.generation_config = GenerationConfig()  # a repetition penalty there would sample another policy
     return tokenizer, model.to(device).eval(), ends
 
@@ -311,7 +451,7 @@ def parse_args():
     flag("--top_p", type=float, default=0.8, help="sample among the likeliest tokens of this probability")
     flag("--max_new_tokens", type=int, default=256, help="tokens after which a response is cut off")
     flag("--max_length", type=int, default=1024, help="drop prompts that pass it with --max_new_tokens added")
-    flag("--micro_batch_size", type=int, default=32, help="prompts a batch, on one process")
+    flag("--micro_batch_size", type=int, default=16, help="prompts a batch, each with all its answers")
     flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     flag("--seed", type=int, default=0, help="of the sampling")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it

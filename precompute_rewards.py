@@ -29,7 +29,6 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
@@ -51,7 +50,7 @@ def main():
         if args.relabel and "chosen" not in columns:
             fail(f"--relabel: {args.data} holds no pairs; give rows with chosen and rejected, in any order")
         max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
-        fits = [i for i, ids in enumerate(texts) if len(ids) <= max_length]
+        fits = [i for i, text in enumerate(texts) if sum(map(len, text)) <= max_length]
         if not fits:
             fail(f"{args.data}: no row fits in --max_length {max_length}, or the model's positions; raise it")
         rewards = torch.full((len(texts) + 1,), math.nan)
@@ -87,23 +86,73 @@ def main():
 
 @torch.no_grad()
 def score(model, texts, micro_batch_size, description):
-    """Rewards of texts, arrays of token ids, (len(texts),) on the CPU; sorted by length and shared out."""
+    """Rewards of texts, (prompt, response) of token ids each: (len(texts),) on the CPU. Batches of rows with
+    as many responses, sorted by length, are shared out among the processes."""
     rewards = torch.zeros(len(texts), device=model.device)
-    order = np.argsort([-len(ids) for ids in texts], kind="stable")
-    micro_batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+    rows = rows_of(texts, micro_batch_size)
+    if not takes_mask(model, texts, rows):
+        say(f"{description} does not take the mask of several responses in a row: each text is scored alone")
+        rows = [[i] for i in range(len(texts))]
+    micro_batches = []
+    for row in sorted(rows, key=lambda row: (len(row), tokens_of(texts, row)), reverse=True):
+        if not micro_batches or len(row) != len(batch[0]) or len(row) * (len(batch) + 1) > micro_batch_size:
+            micro_batches.append(batch := [])
+        batch.append(row)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0):
-        ids = [torch.tensor(texts[i], dtype=torch.long) for i in micro]
-        input_ids = pad_sequence(ids, batch_first=True).to(model.device)  # (B, T), padded right by zeros
-        last = torch.tensor([[len(text) - 1] for text in ids], device=model.device)  # (B, 1)
-        hidden = model.base_model(input_ids, use_cache=False).last_hidden_state  # causal: needs no mask
-        rewards[micro] = last_token_rewards(hidden, model.score.weight, last)[:, 0].float()
+        rewards[torch.tensor(micro)] = rewards_of(model, texts, micro).float()
     dist.all_reduce(rewards)
     return rewards.cpu()
 
 
+def rows_of(texts, max_responses):
+    """Rows of texts that have a prompt in common: lists of their numbers. A row has at most `max_responses`
+    responses, and at most twice the tokens of the longest text."""
+    limit = 2 * max(len(prompt) + len(response) for prompt, response in texts)
+    rows, open_rows = [], {}
+    for i, (prompt, _) in enumerate(texts):
+        row = open_rows.get(digest := hashlib.sha256(prompt).digest())
+        if row is None or len(row) == max_responses or tokens_of(texts, [*row, i]) > limit:
+            rows.append(row := [])
+            open_rows[digest] = row
+        row.append(i)
+    return rows
+
+
+def tokens_of(texts, row):
+    return len(texts[row[0]][0]) - 1 + sum(len(texts[i][1]) + 1 for i in row)
+
+
+def rewards_of(model, texts, rows):
+    """Rewards of a batch of B rows of R responses each, (B, R)."""
+    batch = [[texts[row[0]][0], *[texts[i][1] for i in row]] for row in rows]
+    input_ids, position_ids, segments, ends = collate(batch, model.device)
+    layout = {}  # one response: causal, padded right, it needs no mask
+    if len(rows[0]) > 1:
+        layout = {"position_ids": position_ids, "attention_mask": pair_mask(segments)}
+    hidden = model.base_model(input_ids=input_ids, use_cache=False, **layout).last_hidden_state  # (B, T, H)
+    return last_token_rewards(hidden, model.score.weight, ends)
+
+
+def takes_mask(model, texts, rows):
+    """Whether each response in a row gets the reward that it gets alone: in the row with the longest text."""
+    length = lambda row: max(len(texts[i][0]) + len(texts[i][1]) for i in row)
+    row = max(rows, key=lambda row: (len(row) > 1, length(row)))
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) or math.inf for name in ("sliding_window", "attention_chunk_size")]
+    if min(windows) < length(row):  # the mask would bypass it
+        return False
+    try:
+        rewards = rewards_of(model, texts, [row])[0]  # (R,)
+    except Exception:  # models break in many ways on a mask or a position they do not know
+        return False
+    alone = torch.cat([rewards_of(model, texts, [[i]])[0] for i in row])
+    bound = 0.05 if model.dtype == torch.bfloat16 else 0.001
+    return bool((rewards - alone).norm() <= bound * alone.norm())
+
+
 def read_texts(path, tokenizer):
-    """(texts, columns): token ids of prompt + response, an array for each text, a text once; and {key: the
+    """(texts, columns): (prompt, response) of each text, arrays of token ids, a text once; and {key: the
     number of each row's text, or -1 where it has none}. Keys: chosen, rejected; or response, reference."""
     numbers = {}  # of the texts, by their hash
     columns = {}
@@ -124,16 +173,17 @@ def read_texts(path, tokenizer):
                     digest = hashlib.sha256(json.dumps([row["prompt"], row[key]]).encode()).digest()
                     if digest not in numbers:
                         numbers[digest] = len(numbers)
-                        (prompt, response), _ = encode(tokenizer, row["prompt"], [row[key]])
-                        flat.extend(prompt + response)
-                        ends.append(len(flat))
+                        for ids in encode(tokenizer, row["prompt"], [row[key]])[0]:
+                            flat.extend(ids)
+                            ends.append(len(flat))
                     columns[key].append(numbers[digest])
             except Exception as error:  # no JSON, no text, what a chat template refuses
                 fail(f"{path}, line {line_number}: {reason(error)}; write one JSON object a line, in UTF-8, "
                      "with prompt, chosen and rejected, or with prompt and response")
     if not columns:
         fail(f"{path}: it has 0 rows; give pairs or generations")
-    texts = np.split(np.frombuffer(flat, np.int32), ends[:-1])
+    ids = np.split(np.frombuffer(flat, np.int32), ends[:-1])
+    texts = list(zip(ids[::2], ids[1::2]))
     return texts, {key: column for key, column in columns.items() if max(column) >= 0}
 
 
@@ -151,6 +201,42 @@ def relabel(data, rewards, path):
     rewards["chosen"] = torch.where(swapped, rejected, chosen)
     rewards["rejected"] = torch.where(swapped, chosen, rejected)
     print(f"{path}: {len(swapped)} pairs, the two responses of {int(swapped.sum())} swapped")
+
+
+def collate(rows, device):
+    """A batch of rows [prompt less its last token | last + y1 | last + y2 | ...], padded right by zeros.
+
+    rows: lists of arrays of token ids, [prompt, y1, y2, ...]. `last` is a copy of the prompt's last token, at
+    its position in the prompt.
+    Returns integer tensors: input_ids, position_ids, segments (0: prompt, k: the k-th response, -1: padding),
+    (B, T) each; ends, the positions of each response's last token, EOS, where rewards are read, (B, R).
+    """
+    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # a copy a response, less the prompt's own
+    width += -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
+    input_ids = np.zeros((len(rows), width), int)
+    position_ids = np.zeros((len(rows), width), int)
+    segments = np.full((len(rows), width), -1)
+    ends = np.zeros((len(rows), len(rows[0]) - 1), int)
+    for i, (prompt, *responses) in enumerate(rows):
+        border = end = len(prompt) - 1
+        input_ids[i, :border] = prompt[:-1]
+        position_ids[i, :border] = np.arange(border)
+        segments[i, :border] = 0
+        for k, response in enumerate(responses, 1):
+            start, end = end, end + 1 + len(response)
+            input_ids[i, start:end] = np.append(prompt[-1], response)
+            position_ids[i, start:end] = np.arange(border, border + end - start)
+            segments[i, start:end] = k
+            ends[i, k - 1] = end - 1
+    return [torch.as_tensor(x, device=device) for x in (input_ids, position_ids, segments, ends)]
+
+
+def pair_mask(segments):
+    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). Causal. A response sees
+    the prompt and itself. Padding sees the prompt and padding: a query that sees nothing would give NaN."""
+    query = segments[:, :, None]
+    key = segments[:, None, :]
+    return ((key == 0) | (key == query)).tril()[:, None]
 
 
 def load_oracle(folder, device, dtype):

@@ -12,7 +12,8 @@ the same model, token ids, batches, AdamW, clipping and dtype, no dropout and no
 runs without DeepSpeed. With --against_build the other side is the same script of that folder.
 
 `time` is by the clock, `CPU` in CPU seconds, which other programs disturb less. Both are medians, of the
-steps or of three runs of scoring or generation, without loading. `memory` is the peak, imports included.
+steps or of three runs of scoring or generation, without loading and the check that the model takes the mask.
+`memory` is the peak, imports included.
 """
 import argparse
 import hashlib
@@ -36,7 +37,8 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"1:1": (128, 128, 128), "3:1": (192, 64, 64), "11:1": (352, 32, 32), "TL;DR": (354, 33, 33),
-          "natural": None}  # tokens of prompt and responses, EOS included
+          "CNN": (702, 65, 65), "natural": None}  # tokens of prompt and responses, EOS included
+TEMPERATURES = 0.2, 0.5, 0.7, 0.9
 NATURAL = (3.19, 0.81), (4.99, 0.51), (4.82, 0.53)  # lognormals of mean 34, 167, 143: AlpacaEval's tokens
 
 
@@ -106,22 +108,28 @@ def ratios(args, home, model):
     if "sft" in args.modes:
         compare("sft.py, natural", train("sft"), "SFTTrainer", trl("SFT", data("natural")))
 
-    ids = data("natural", args.rows)
     if "scoring" in args.modes:
         oracle = home / "oracle"
         scorer = load("SequenceClassification", model)
         scorer.config.pad_token_id = tokenizer.pad_token_id
         scorer.save_pretrained(oracle)
         tokenizer.save_pretrained(oracle)
-        ours = ["precompute_rewards", "--oracle", oracle, "--data", home / "pairs.jsonl",
-                "--micro_batch_size", 8, "--dtype", args.dtype]
+        score = ["precompute_rewards", "--oracle", oracle, "--micro_batch_size", 8, "--dtype", args.dtype]
+    for shape in args.shapes if "scoring" in args.modes else []:
+        theirs = run_plain, "SequenceClassification", oracle, data(shape, args.rows), args.dtype
+        ours = [*score, "--data", home / "pairs.jsonl"]
+        compare(f"precompute_rewards.py, {shape}", ours, "batches of 8 in file order", theirs)
+    if "scoring" in args.modes:
+        ids = write_answers(home, data("TL;DR", args.rows // 2))
         theirs = run_plain, "SequenceClassification", oracle, ids, args.dtype
-        compare("precompute_rewards.py, natural", ours, "batches of 8 in file order", theirs)
-    for number in (8, 32) if "generation" in args.modes else []:  # 32 is generate.py's default
-        ours = ["generate", "--model", model, "--prompts", home / "pairs.jsonl", "--temperature", 0.7,
-                "--max_new_tokens", args.max_new_tokens, "--micro_batch_size", number, "--dtype", args.dtype]
-        theirs = run_plain, "CausalLM", model, ids, args.dtype, args.max_new_tokens
-        compare(f"generate.py, {number} a batch, natural", ours, "batches of 8 in file order", theirs)
+        ours = [*score, "--data", home / "answers.jsonl"]
+        compare("precompute_rewards.py, four answers, TL;DR", ours, "batches of 8 in file order", theirs)
+    for shape in ("TL;DR", "CNN", "natural") if "generation" in args.modes else []:
+        theirs = run_plain, "CausalLM", model, data(shape, args.rows), args.dtype, args.max_new_tokens
+        ours = ["generate", "--model", model, "--prompts", home / "pairs.jsonl", "--temperature",
+                *TEMPERATURES, "--max_new_tokens", args.max_new_tokens, "--micro_batch_size", 8, "--dtype",
+                args.dtype]
+        compare(f"generate.py, four temperatures, {shape}", ours, "generate a temperature, 8 a batch", theirs)
 
 
 # ---- two processes, which take their steps in turn ---------------------------------------------------------
@@ -237,23 +245,24 @@ def run_trl(kind, folder, ids, batch_size, max_steps, dtype, options, gate):
 
 
 def run_plain(kind, folder, ids, dtype, max_new_tokens=0, gate=None):
-    """Rewards of each row's two responses, or responses to its prompt, in batches of 8 in file order."""
+    """Rewards of each row's responses, or responses to its prompt at each of TEMPERATURES, in batches of 8 in
+    file order."""
     model = load(kind, folder, dtype).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "left" if max_new_tokens else "right"
     texts = []
-    for prompt, chosen, rejected in ids:
-        texts += [prompt] if max_new_tokens else [prompt + chosen, prompt + rejected]
+    for prompt, *responses in ids:
+        texts += [prompt] if max_new_tokens else [prompt + response for response in responses]
     texts = [list(ids) for ids in dict.fromkeys(map(tuple, texts))]  # each once, as our stages do
     gate()
     for i in range(0, len(texts), 8):
         batch = tokenizer.pad({"input_ids": texts[i:i + 8]}, return_tensors="pt").to(model.device)
         with torch.no_grad():
-            if max_new_tokens:
-                output = model.generate(**batch, do_sample=True, temperature=0.7, top_p=0.8, top_k=0,
+            for temperature in TEMPERATURES if max_new_tokens else []:
+                output = model.generate(**batch, do_sample=True, temperature=temperature, top_p=0.8, top_k=0,
                                         max_new_tokens=max_new_tokens)
                 tokenizer.batch_decode(output[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
-            else:
+            if not max_new_tokens:
                 model(**batch).logits[:, 0].tolist()
     gate()
 
@@ -305,6 +314,17 @@ def write_data(home, tokenizer, shape, path, number):
     torch.save({"chosen": torch.randn(3, number), "rejected": torch.randn(3, number),
                 "data_sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}, home / "rewards.pt")
     return pairs
+
+
+def write_answers(home, pairs):
+    """Writes answers.jsonl, four responses to each second prompt of pairs.jsonl: its own and the next one's.
+    Returns their token ids."""
+    rows = [json.loads(line) for line in open(home / "pairs.jsonl")]
+    with open(home / "answers.jsonl", "w") as file:
+        for row, other in zip(rows[::2], rows[1::2]):
+            for response in (row["chosen"], row["rejected"], other["chosen"], other["rejected"]):
+                file.write(json.dumps({"prompt": row["prompt"], "response": response}) + "\n")
+    return [[*pair, *other[1:]] for pair, other in zip(pairs[::2], pairs[1::2])]
 
 
 def random_rows(tokenizer, shape, number, extra):

@@ -7,6 +7,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = ["splits", "sft", "oracle", "precompute_rewards", "align", "generate", "evaluate"]
 ITS_OWN = {"main", "parse_args", "loss_and_metrics"}
 VARIANTS = {"load_model": {"generate"}, "collate": {"sft"}, "save_model": {"align"},  # theirs are others
+            "takes_mask": {"generate"},
             "fail": {"splits", "evaluate"}}  # one for the programs of one process
 
 

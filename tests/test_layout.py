@@ -115,10 +115,9 @@ def test_sft_and_scoring_need_no_mask(models, process_group):
     logps = sft.ResponseModel(model.lm)(examples)
     expected = [own_logp(model.lm, *example) for example in examples]
     assert logps.tolist() == pytest.approx(expected, rel=1e-10)
-    texts = [np.concatenate(example).tolist() for example in examples]
     expected = [own_reward(classifier, *example) for example in examples]
     for batch_size in (1, 2, 5):
-        scores = precompute_rewards.score(classifier, texts, batch_size, "")
+        scores = precompute_rewards.score(classifier, examples, batch_size, "")
         assert scores.tolist() == pytest.approx(expected, rel=1e-5)
 
 
