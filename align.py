@@ -59,7 +59,7 @@ def loss_and_metrics(args, logps, head_rewards, reference, oracle_rewards, respo
     logps_w, logps_l = logps.unbind(1)  # (B,)
     ref_w, ref_l = reference.unbind(1)
     oracle_w, oracle_l = oracle_rewards.unbind(2)  # (K, B)
-    # the policy's own rewards: implicit ones, as in DPO. drdo replaces them, but with log_ratio
+    # the policy's own rewards: implicit ones, as in DPO. drdo replaces them, except with log_ratio
     rewards_w, rewards_l = (args.beta * (logps - reference)).unbind(1)
     metrics = {}
     if args.loss == "drdo":
@@ -187,8 +187,8 @@ def main():
     engine = make_engine(model, args)  # AdamW, under ZeRO by --deepspeed_config
     state = start_run(engine, args, pairs, eval_pairs)  # step 0; with --resume that of the last checkpoint
 
-    # ---- the reference: log pi(y|x) before the first step, (N, 2). drdo has none, but with log_ratio: it
-    # compares pi with no other policy. The checkpoint keeps it
+    # ---- the reference: the policy's own log pi(y|x) before step 1, (N, 2), kept in the checkpoint. DRDO
+    # needs none, except with log_ratio: it fits the Oracle's differences and has no ratio pi / pi_ref
     if not args.resume:
         has_reference = args.loss != "drdo" or args.student_rewards == "log_ratio"
         of_this_run = np.unique(steps) if has_reference else []
@@ -594,8 +594,8 @@ def save_checkpoint(engine, args, state):
 
 
 def save_model(model, tokenizer, folder):
-    """Writes model and tokenizer, then deletes the checkpoint. The head goes into a file of its own: programs
-    that serve a causal LM refuse a tensor too many."""
+    """Writes model and tokenizer; in the run's own folder it then deletes the checkpoint. The head goes into
+    a file of its own: programs that serve a causal LM refuse a tensor too many."""
     if not all(weight.isfinite().all() for weight in model.parameters()):
         fail(f"{folder}: the weights are not finite and are not saved; lower --learning_rate")
     dist.barrier()  # another process may still read the checkpoint
@@ -643,8 +643,9 @@ def say(message):
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr, exit status 2. Process 0 prints at once. The others
-    wait: if process 0 has the same error, the launcher ends them first, and the line appears once."""
+    """Ends the program on bad input: one line on stderr, exit status 2. Local rank 0 prints at once. The
+    others wait 10 s: if the error is everyone's, the launcher has ended them by then, and the line appears
+    once. If it is theirs alone, they print it."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     tqdm.write(f"error: {' '.join(str(message).split()):.600}", file=sys.stderr)
@@ -670,7 +671,8 @@ def check_flags(args, may_be_zero):
 
 def resume_or_start(parser, args):
     """The flags of the run. With --resume they come from <out>/args.json: those in may_change may be given
-    anew, any other must be the same. Without --resume --out must hold no checkpoint and no model."""
+    anew, any other, and the number of processes, must be the same. Without --resume --out must hold no
+    checkpoint and no model."""
     may_change = ("out", "resume", "local_rank", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
     before = {}
@@ -737,7 +739,8 @@ def parse_args():
     flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
     flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
     flag("--keep_steps", type=int, default=0, help="steps between policies kept in <out>/step<k>; 0: none")
-    flag("--resume", action="store_true", help="go on from <out>/checkpoint, with the flags of its run")
+    flag("--resume", action="store_true", help="go on from <out>/checkpoint, with its run's flags and as many "
+         "processes; --loss or --out name it")
     flag("--seed", type=int, default=0, help="order of the data and initialisation of the head")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()

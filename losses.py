@@ -88,6 +88,7 @@ def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_reje
     with p_w = sigma(z_w - z_l). The first term is `distillation_loss`, the reward difference. The second is
     `contrastive_loss`, the focal contrastive log-unlikelihood. Its sign is the paper's. At a fixed focal
     factor it slightly raises pi(y_l|x), despite its name: its gradient in z_l is about -pi(y_l|x), nearly 0.
+    What lowers pi(y_l|x) is the gradient through the factor (1 - p_w)^gamma.
 
     All are (B,); preference_logits as in `contrastive_loss`.
     Returns: the loss, then its two terms, (B,) each. The loss is the sum of the terms.

@@ -494,8 +494,9 @@ def say(message):
 
 
 def fail(message):
-    """Ends the program on bad input: one line on stderr, exit status 2. Process 0 prints at once. The others
-    wait: if process 0 has the same error, the launcher ends them first, and the line appears once."""
+    """Ends the program on bad input: one line on stderr, exit status 2. Local rank 0 prints at once. The
+    others wait 10 s: if the error is everyone's, the launcher has ended them by then, and the line appears
+    once. If it is theirs alone, they print it."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     tqdm.write(f"error: {' '.join(str(message).split()):.600}", file=sys.stderr)
@@ -521,7 +522,8 @@ def check_flags(args, may_be_zero):
 
 def resume_or_start(parser, args):
     """The flags of the run. With --resume they come from <out>/args.json: those in may_change may be given
-    anew, any other must be the same. Without --resume --out must hold no checkpoint and no model."""
+    anew, any other, and the number of processes, must be the same. Without --resume --out must hold no
+    checkpoint and no model."""
     may_change = ("out", "resume", "local_rank", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
     before = {}
@@ -569,7 +571,8 @@ def parse_args():
     flag("--eval_rows", type=int, default=1000, help="evaluate on the first rows of --eval_data; 0: on all")
     flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
     flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
-    flag("--resume", action="store_true", help="go on from <out>/checkpoint, with the flags of its run")
+    flag("--resume", action="store_true", help="go on from <out>/checkpoint, with its run's flags and as many "
+         "processes")
     flag("--seed", type=int, default=0, help="order of the data")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = resume_or_start(parser, parser.parse_args())
