@@ -739,8 +739,8 @@ def parse_args():
     flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
     flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
     flag("--keep_steps", type=int, default=0, help="steps between policies kept in <out>/step<k>; 0: none")
-    flag("--resume", action="store_true", help="go on from <out>/checkpoint, with its run's flags and as many "
-         "processes; --loss or --out name it")
+    flag("--resume", action="store_true", help="go on from <out>/checkpoint, with its run's flags and as "
+         "many processes; --loss or --out name it")
     flag("--seed", type=int, default=0, help="order of the data and initialisation of the head")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = parser.parse_args()

@@ -571,8 +571,8 @@ def parse_args():
     flag("--eval_rows", type=int, default=1000, help="evaluate on the first rows of --eval_data; 0: on all")
     flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
     flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
-    flag("--resume", action="store_true", help="go on from <out>/checkpoint, with its run's flags and as many "
-         "processes")
+    flag("--resume", action="store_true", help="go on from <out>/checkpoint, with its run's flags and as "
+         "many processes")
     flag("--seed", type=int, default=0, help="order of the data")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     args = resume_or_start(parser, parser.parse_args())
