@@ -1,6 +1,7 @@
 """How text becomes tokens: a model reads what its own chat template writes, and text is text."""
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -127,14 +128,17 @@ def test_prompt_response_and_end_are_those_of_a_finished_turn(template, before, 
     assert not apart
 
 
-def templates_of_trl():
+def published_templates():
+    """Those in trl's wheel, and in the folder LLAMA_CPP_TEMPLATES, if it is set: vendor/llama.cpp/models/
+    templates of the sdist of llama_cpp_python 0.3.36."""
     found = importlib.util.find_spec("trl")  # not imported: the wheel's files are enough
     folder = Path(found.origin).parent / "chat_templates" if found else Path("none")
-    return sorted(folder.glob("*.jinja"))
+    more = Path(os.environ.get("LLAMA_CPP_TEMPLATES", "none"))
+    return sorted(folder.glob("*.jinja")) + sorted(more.glob("*.jinja"))
 
 
-@pytest.mark.parametrize("path", templates_of_trl(), ids=lambda path: path.stem)
-def test_templates_of_trl(path, process_group):
+@pytest.mark.parametrize("path", published_templates(), ids=lambda path: path.stem)
+def test_published_templates(path, process_group):
     """The ids are those of the template's own text up to its end token. A template that loses the answer or
     takes no text is refused."""
     template = path.read_text()
@@ -153,7 +157,7 @@ def test_templates_of_trl(path, process_group):
     (prompt, response), apart = align.encode(tokenizer, QUESTION, [answer], stop)
     before, after = text.split(answer)
     end = tokenizer.convert_ids_to_tokens(stop)
-    upto = after.partition(end)[0] if end in after else ""
+    upto = after.partition(end)[0]  # all, where the template writes no end
     assert tokenizer.decode(prompt + response) == before + answer + upto + end
     assert tokenizer.decode(prompt) == before and not apart
     assert prompt + response[:-1] == tokenizer(before + answer + upto, add_special_tokens=False).input_ids
