@@ -127,6 +127,8 @@ def rewards_of(model, texts, rows):
     """Rewards of a batch of B rows of R responses each, (B, R)."""
     batch = [[texts[row[0]][0], *[texts[i][1] for i in row]] for row in rows]
     input_ids, position_ids, segments, ends = collate(batch, model.device)
+    # as AutoModelForSequenceClassification, which reads the last token that is no pad: some pad with EOS
+    ends = ends - (input_ids.gather(1, ends) == model.config.get_text_config().pad_token_id).long()
     layout = {}  # one response: causal, padded right, it needs no mask
     if len(rows[0]) > 1:
         layout = {"position_ids": position_ids, "attention_mask": pair_mask(segments)}

@@ -384,6 +384,21 @@ def test_a_trained_reward_model_is_as_right_here_as_by_its_own_forward(template,
     assert (own[0] > own[1]).all()
 
 
+def test_a_reward_model_that_pads_with_its_end_is_read_as_its_classifier_reads(tmp_path):
+    tokenizer = byte_level(VICUNA)
+    tokenizer.pad_token = tokenizer.eos_token
+    model = small_model(tmp_path / "rm", tokenizer, classifier=True)
+    row = {"prompt": QUESTION, "chosen": "He.", "rejected": "A man, I think"}
+    write_jsonl(tmp_path / "pairs.jsonl", [row])
+    run("precompute_rewards.py", "--oracle", tmp_path / "rm", "--data", tmp_path / "pairs.jsonl", "--out",
+        tmp_path / "rewards.pt")
+    saved = torch.load(tmp_path / "rewards.pt", weights_only=True)
+    for key, answer in ("chosen", "He."), ("rejected", "A man, I think"):
+        chat = [*QUESTION, {"role": "assistant", "content": answer}]
+        inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+        assert saved[key].item() == pytest.approx(model(**inputs).logits.item(), abs=1e-4)
+
+
 def test_a_template_that_writes_the_date_says_so(process_group, capsys):
     template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
     end_of(byte_level(template))
