@@ -42,7 +42,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
-from losses import drdo_loss, dpo_loss, edpo_loss, ipo_loss, last_token_rewards, response_logps
+from losses import (drdo_loss, dpo_loss, edpo_loss, ipo_loss, last_token_rewards, response_logps,
+                    robust_dpo_loss)
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------
@@ -79,7 +80,9 @@ def loss_and_metrics(args, logps, head_rewards, reference, oracle_rewards, respo
         metrics = {"loss/distillation": distillation, "loss/contrastive": contrastive,
                    "p_w": margin.sigmoid(), "oracle/margins": oracle_w - oracle_l}
     elif args.loss == "dpo":
-        loss = dpo_loss(logps_w, logps_l, ref_w, ref_l, args.beta)
+        loss = dpo_loss(logps_w, logps_l, ref_w, ref_l, args.beta, args.label_smoothing)
+    elif args.loss == "rdpo":
+        loss = robust_dpo_loss(logps_w, logps_l, ref_w, ref_l, args.beta, args.label_smoothing)
     elif args.loss == "edpo":
         loss = edpo_loss(logps_w, logps_l, ref_w, ref_l, oracle_w, oracle_l, args.beta, args.ensemble)
         metrics["oracle/margins"] = (oracle_w - oracle_l).mean(0)
@@ -699,13 +702,15 @@ def parse_args():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
     flag = parser.add_argument_group("method").add_argument
-    flag("--loss", choices=["drdo", "dpo", "edpo", "ipo"], default="drdo",
-         help="drdo: Eq. 6 of the paper; dpo: Eq. 3; edpo: Eq. 4; ipo is not in it")
+    flag("--loss", choices=["drdo", "dpo", "rdpo", "edpo", "ipo"], default="drdo",
+         help="drdo: Eq. 6 of the paper; dpo: Eq. 3; edpo: Eq. 4; ipo, and rdpo (robust DPO), are not in it")
     flag("--oracle_rewards", help="drdo, edpo: rewards.pt of --data. drdo takes the mean of its Oracles")
     flag("--eval_oracle_rewards", help="rewards.pt of --eval_data; without it drdo and edpo log no eval_loss")
     flag("--alpha", type=float, default=0.1, help="drdo: weight of the contrastive log-unlikelihood")
     flag("--gamma", type=float, default=2.0, help="drdo: focal exponent of (1 - p_w)")
-    flag("--beta", type=float, default=0.1, help="dpo, edpo, ipo; drdo with logps or log_ratio")
+    flag("--beta", type=float, default=0.1, help="dpo, rdpo, edpo, ipo; drdo with logps or log_ratio")
+    flag("--label_smoothing", type=float, default=0.0,
+         help="dpo, rdpo: the share of labels held to be wrong; with dpo this is conservative DPO")
     flag("--ensemble", choices=["mean", "min"], default="mean",
          help="edpo: distil the mean of the reward models, or for each pair the nearest one")
     flag = parser.add_argument_group("variants of Eq. 6, controls").add_argument
@@ -746,7 +751,10 @@ def parse_args():
     args = parser.parse_args()
     args.out = args.out or f"out/{args.loss}"
     args = resume_or_start(parser, args)
-    check_flags(args, "alpha gamma nll_coef weight_decay warmup_steps eval_rows save_steps keep_steps")
+    if not args.label_smoothing < 0.5 or args.loss == "rdpo" and not args.label_smoothing:
+        fail(f"--label_smoothing {args.label_smoothing}: give a share below 0.5, and one above 0 for rdpo")
+    check_flags(args, "alpha gamma label_smoothing nll_coef weight_decay warmup_steps eval_rows save_steps "
+                "keep_steps")
     if args.loss in ("drdo", "edpo") and not args.oracle_rewards:
         fail(f"--loss {args.loss} distils rewards: give --oracle_rewards, a file by precompute_rewards.py")
     return args

@@ -47,9 +47,29 @@ def log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     return policy - (upcast(ref_chosen_logps) - upcast(ref_rejected_logps))
 
 
-def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
-    """Eq. 3, DPO (Rafailov et al. 2023, arXiv 2305.18290): -log sigma(beta * log ratio). All are (B,)."""
-    return -F.logsigmoid(beta * log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps))
+def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1,
+             label_smoothing=0.0):
+    """Eq. 3, DPO (Rafailov et al. 2023, arXiv 2305.18290): -log sigma(h), h = beta * log ratio. All are (B,).
+
+    With label_smoothing epsilon, in [0, 0.5), conservative DPO (Mitchell 2023), for labels of which a share
+    epsilon is wrong: -(1 - epsilon) log sigma(h) - epsilon log sigma(-h). It is least at a finite h.
+    """
+    h = beta * log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+
+
+def robust_dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1,
+                    label_smoothing=0.1):
+    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409, Eq. 12). All are (B,).
+
+    -[(1 - epsilon) log sigma(h) - epsilon log sigma(-h)] / (1 - 2 epsilon), h as in `dpo_loss`
+
+    label_smoothing is epsilon, the share of wrong labels, in [0, 0.5). The loss's mean over such labels is
+    DPO's over right ones. It has no lower bound: its slope in h is -epsilon / (1 - 2 epsilon) at best.
+    """
+    h = beta * log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    loss = -(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)
+    return loss / (1 - 2 * label_smoothing)
 
 
 def edpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
@@ -59,8 +79,9 @@ def edpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     (r*(x, y_w) - r*(x, y_l) - beta * log ratio)^2
 
     ensemble="mean" averages the K squared errors. Its gradient is that of distilling the mean reward. "min"
-    takes, for each pair, the reward model nearest to the policy (their pessimistic version). Log-probs are
-    (B,), Oracle rewards (K, B), the loss (B,). Raises ValueError on another `ensemble`.
+    takes, for each pair, the reward model nearest to the policy (their pessimistic version). With K = 1 it is
+    REBEL (Gao et al. 2024, arXiv 2404.16767, Eq. 9; their eta is 1 / beta) on pairs that are given.
+    Log-probs are (B,), Oracle rewards (K, B), the loss (B,). Raises ValueError on another `ensemble`.
     """
     if ensemble not in ("mean", "min"):
         raise ValueError(f"ensemble={ensemble!r}: it is 'mean' or 'min'")

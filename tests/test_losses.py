@@ -40,6 +40,12 @@ def exact_dpo(zw, zl, ref_w, ref_l, beta):
 
 
 @exact
+def exact_conservative_dpo(zw, zl, ref_w, ref_l, beta, epsilon):
+    h = beta * ((zw - zl) - (ref_w - ref_l))
+    return -(1 - epsilon) * log_sigma(h) - epsilon * log_sigma(-h)
+
+
+@exact
 def exact_ipo(zw, zl, ref_w, ref_l, beta):
     return ((zw - zl) - (ref_w - ref_l) - 1 / (2 * beta)) ** 2
 
@@ -56,6 +62,8 @@ def test_losses_agree_with_400_digit_arithmetic(dtype, tolerance):
         torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
 
     check(losses.dpo_loss(zw, zl, ref_w, ref_l, beta=0.3), exact_dpo, zw, zl, ref_w, ref_l, [0.3] * len(zw))
+    smoothed = losses.dpo_loss(zw, zl, ref_w, ref_l, beta=0.3, label_smoothing=0.2)
+    check(smoothed, exact_conservative_dpo, zw, zl, ref_w, ref_l, [0.3] * len(zw), [0.2] * len(zw))
     check(losses.ipo_loss(zw, zl, ref_w, ref_l, beta=0.3), exact_ipo, zw, zl, ref_w, ref_l, [0.3] * len(zw))
     for alpha in (0.0, 0.01, 1.0):
         check(losses.oracle_loss(rw, rl, zw, alpha), exact_oracle, rw, rl, zw, [alpha] * len(zw))
@@ -84,6 +92,7 @@ def test_values_and_gradients_are_finite_everywhere(dtype, gamma):
     zw, zl, a, b = leaves
     for loss in (losses.drdo_loss(zw, zl, a, b, b, a, alpha=1.0, gamma=gamma)[0],
                  losses.dpo_loss(zw, zl, b, a), losses.ipo_loss(zw, zl, b, a),
+                 losses.dpo_loss(zw, zl, b, a, label_smoothing=0.3), losses.robust_dpo_loss(zw, zl, b, a),
                  losses.edpo_loss(zw, zl, b, a, a[None], b[None]),
                  losses.oracle_loss(a, b, zw, alpha=0.5)):
         assert loss.shape == zw.shape and loss.dtype == torch.promote_types(dtype, torch.float32)
@@ -109,6 +118,30 @@ def test_gradient_is_equation_30_focal_factor_included(gamma):
         printed = (gamma * focal * p * (grad_zw - grad_zl) * torch.log(pi[w] / (1 - pi[l]))
                    - focal * (grad_zw + pi[l] * grad_zl / (1 - pi[l])))
     torch.testing.assert_close(autograd, printed, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_robust_dpo_is_unbiased(share):
+    """Its mean over labels of which a share is flipped is DPO's loss on the right labels."""
+    generator = torch.Generator().manual_seed(4)
+    zw, zl, ref_w, ref_l = -20 * torch.rand(4, 8, generator=generator, dtype=torch.float64)
+    right = losses.robust_dpo_loss(zw, zl, ref_w, ref_l, 0.3, share)
+    flipped = losses.robust_dpo_loss(zl, zw, ref_l, ref_w, 0.3, share)
+    dpo = losses.dpo_loss(zw, zl, ref_w, ref_l, 0.3)
+    torch.testing.assert_close((1 - share) * right + share * flipped, dpo, rtol=1e-12, atol=1e-12)
+
+
+def test_edpo_with_one_oracle_is_rebel():
+    """arXiv 2404.16767, Eq. 9, on given pairs: (log ratio / eta - reward difference)^2, eta = 1 / beta."""
+    generator = torch.Generator().manual_seed(5)
+    zw, zl, ref_w, ref_l, rw, rl = torch.randn(6, 8, generator=generator, dtype=torch.float64)
+    zw.requires_grad_()
+    eta = 1 / 0.3
+    rebel = ((torch.log(zw.exp() / ref_w.exp()) - torch.log(zl.exp() / ref_l.exp())) / eta - (rw - rl)) ** 2
+    edpo = losses.edpo_loss(zw, zl, ref_w, ref_l, rw[None], rl[None], beta=0.3)
+    torch.testing.assert_close(edpo, rebel)
+    gradients = [torch.autograd.grad(loss.sum(), zw) for loss in (edpo, rebel)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_edpo_ensembles():

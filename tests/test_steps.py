@@ -212,6 +212,10 @@ def test_oracle(home, tmp_path, flags):
 ALIGN = {
     "dpo": policy(lambda x: -F.logsigmoid(difference(implicit(x)))),
     "dpo --nll_coef 0.3": policy(lambda x: -F.logsigmoid(difference(implicit(x))) - 0.3 * x.z[:, 0]),
+    "dpo --label_smoothing 0.3": policy(lambda x: -0.7 * F.logsigmoid(difference(implicit(x)))
+                                        - 0.3 * F.logsigmoid(-difference(implicit(x)))),
+    "rdpo --label_smoothing 0.3": policy(lambda x: (0.3 * F.logsigmoid(-difference(implicit(x)))
+                                                    - 0.7 * F.logsigmoid(difference(implicit(x)))) / 0.4),
     "ipo": policy(lambda x: (difference(x.z - x.reference) - 1 / (2 * 0.2)) ** 2),
     "edpo": policy(lambda x: edpo(x).mean(0)),
     "edpo --ensemble min": policy(lambda x: edpo(x).min(0).values),

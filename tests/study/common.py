@@ -47,6 +47,8 @@ METHODS = {  # name: (flags of align.py, whose rewards it learns)
     "SFT on winners": ("", None),  # by sft.py
     "DPO": ("--loss dpo", None),
     "DPO + NLL": ("--loss dpo --nll_coef 0.025", None),
+    "cDPO": ("--loss dpo", None),  # conservative and robust DPO: their --label_smoothing is a hyperparameter
+    "rDPO": ("--loss rdpo", None),
     "IPO": ("--loss ipo", None),
     "e-DPO": ("--loss edpo", "ensemble"),
     "e-DPO (Oracle)": ("--loss edpo", "oracle"),
@@ -294,7 +296,9 @@ def oracle_quality(task, home, setting):
 
 def choose(task, args, settings):
     """Runs all hyperparameters of every method. Marks those that win most against the start."""
-    grid = {method: task.GRID["--beta" in own] for method, own in task.METHODS.items()}
+    grid = {}
+    for method, own in task.METHODS.items():
+        grid[method] = next(tries for flag, tries in task.GRID.items() if flag in own)
     train(task, args, settings, grid)
     print_title("method", "hyperparameters", "mean", "each setting and seed")
     for method in next(iter(settings.values()))["methods"]:

@@ -33,6 +33,8 @@ METHODS = {  # what --choose has chosen; flags and whose rewards a method learns
     "SFT on winners": "--learning_rate 2e-4",
     "DPO": "--learning_rate 1e-4 --beta 0.1",
     "DPO + NLL": "--learning_rate 1e-4 --beta 0.3",
+    "cDPO": "--learning_rate 1e-4 --beta 0.1 --label_smoothing 0.2",
+    "rDPO": "--learning_rate 1e-4 --beta 0.1 --label_smoothing 0.2",
     "IPO": "--learning_rate 1e-4 --beta 0.03",
     "e-DPO": "--learning_rate 1e-4 --beta 0.03",
     "e-DPO (Oracle)": "--learning_rate 1e-4 --beta 0.1",
@@ -50,6 +52,13 @@ MAIN = ["DPO", "e-DPO (Oracle)", "DRDO (head)", "DRDO (logps)", "DRDO (log ratio
 GRID_METHODS = ["e-DPO", *MAIN]
 LONG = ["SFT on winners", "DPO + NLL", *MAIN]
 
+# Shares of wrong labels that conservative and robust DPO are told, rightly and wrongly: the one that --choose
+# has chosen, and the others.
+SHARES = [0.1, 0.2, 0.4]
+RIVALS = ["cDPO", "rDPO"]
+for method in ("cDPO", "rDPO"):
+    RIVALS += [f"{method} --label_smoothing {share}" for share in SHARES if str(share) not in METHODS[method]]
+
 # AdamW does not see a loss's scale. So the contrastive term is alone at alpha 10000.
 BETAS = ["--beta 0.5", "--beta 1", "--beta 10"]
 ABLATION = {
@@ -66,11 +75,11 @@ NO_LABELS = ["DRDO (head) --alpha 0", "DRDO (logps) --alpha 0"]  # they read no 
 # "equal" or "longer" winner, by words; and "relabelled", D_all in the order of the Oracle.
 setting = partial(common.setting, pairs=6000, steps=100, methods=[*METHODS])
 SETTINGS = {
-    "clean_all": setting(),
-    "noisy_lc_le": setting(0.4, "lc_le"),
+    "clean_all": setting(methods=[*METHODS, *RIVALS[2:]]),
+    "noisy_lc_le": setting(0.4, "lc_le", methods=[*METHODS, *RIVALS[2:]]),
     "steps_300": setting(0.4, "lc_le", steps=300, methods=LONG),
-    "steps_1000": setting(0.4, "lc_le", steps=1000, methods=LONG),
-    **{f"grid_{flip}_{who}": setting(flip, oracle=who, methods=GRID_METHODS)
+    "steps_1000": setting(0.4, "lc_le", steps=1000, methods=[*LONG, *RIVALS]),
+    **{f"grid_{flip}_{who}": setting(flip, oracle=who, methods=[*GRID_METHODS, *RIVALS])
        for who in ("learned", "true") for flip in (0.0, 0.2, 0.4)},
     "ablation": setting(methods=VARIANTS),
     **{f"clean_{split}": setting(split=split, methods=GRID_METHODS) for split in ("hc_he", "lc_le")},
@@ -81,8 +90,12 @@ SETTINGS = {
 SEEDS = [20, 21, 22, 23, 24]
 CHOOSING_SEEDS = [90, 91]
 CHOOSING_SETTINGS = ["clean_all", "noisy_lc_le"]
-GRID = {True: [f"--learning_rate {rate} --beta {beta}" for rate in (1e-4, 5e-4) for beta in (0.03, 0.1, 0.3)],
-        False: [f"--learning_rate {rate}" for rate in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)]}  # has no beta
+BETA = ["--beta 0.03", "--beta 0.1", "--beta 0.3"]
+GRID = {  # by the first of these flags that a method has
+    "--label_smoothing": [f"--learning_rate 1e-4 {beta} --label_smoothing {share}"
+                          for beta in BETA for share in SHARES],
+    "--beta": [f"--learning_rate {rate} {beta}" for rate in (1e-4, 5e-4) for beta in BETA],
+    "": [f"--learning_rate {rate}" for rate in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)]}
 
 START = "SFT"
 MODEL = None

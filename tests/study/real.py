@@ -58,8 +58,8 @@ SETTINGS = {
 SEEDS = [0, 1, 2]
 CHOOSING_SEEDS = [90]
 CHOOSING_SETTINGS = ["clean_all"]
-GRID = {True: [f"--learning_rate {rate} --beta {beta}" for rate in (5e-5, 1e-4) for beta in (0.03, 0.1)],
-        False: [f"--learning_rate {rate}" for rate in (2e-5, 5e-5, 1e-4, 2e-4)]}  # has no beta
+GRID = {"--beta": [f"--learning_rate {rate} --beta {beta}" for rate in (5e-5, 1e-4) for beta in (0.03, 0.1)],
+        "": [f"--learning_rate {rate}" for rate in (2e-5, 5e-5, 1e-4, 2e-4)]}
 
 START = "start"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
