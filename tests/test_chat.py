@@ -9,12 +9,13 @@ import time
 import urllib.error
 import urllib.request
 from argparse import Namespace
+from datetime import datetime
 from pathlib import Path
 
 import jinja2
 import pytest
 import torch
-from conftest import ROOT, ends, free_port, run
+from conftest import call, free_port, read_jsonl, run
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           LlamaConfig, Phi3Config, PreTrainedTokenizerFast)
@@ -65,7 +66,6 @@ def llama_2(template=None):
     """A tokenizer of the Llama-2 kind: a text begins with a space, which decoding takes away."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<unk>", "<s>", "</s>", "<pad>", *[f"<0x{byte:02X}>" for byte in range(256)]]
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     trained = [*special, *[f"<0x{byte:02X}>" for byte in range(256)]]
     tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=420, special_tokens=trained))
@@ -128,13 +128,14 @@ def test_prompt_response_and_end_are_those_of_a_finished_turn(template, before, 
     assert not apart
 
 
+LLAMA_CPP = Path(os.environ.get("LLAMA_CPP", "none"))  # vendor/llama.cpp of llama_cpp_python 0.3.36's sdist
+
+
 def published_templates():
-    """Those in trl's wheel, and in the folder LLAMA_CPP_TEMPLATES, if it is set: vendor/llama.cpp/models/
-    templates of the sdist of llama_cpp_python 0.3.36."""
+    """Those in trl's wheel, and llama.cpp's."""
     found = importlib.util.find_spec("trl")  # not imported: the wheel's files are enough
     folder = Path(found.origin).parent / "chat_templates" if found else Path("none")
-    more = Path(os.environ.get("LLAMA_CPP_TEMPLATES", "none"))
-    return sorted(folder.glob("*.jinja")) + sorted(more.glob("*.jinja"))
+    return sorted(folder.glob("*.jinja")) + sorted(LLAMA_CPP.glob("models/templates/*.jinja"))
 
 
 @pytest.mark.parametrize("path", published_templates(), ids=lambda path: path.stem)
@@ -263,6 +264,29 @@ def test_where_a_token_spans_the_border_both_are_tokenised_apart(tmp_path, proce
     lm = Namespace(config=Namespace(), generation_config=Namespace(eos_token_id=[tokenizer.eos_token_id]))
     align.Rows(str(tmp_path / "pairs.jsonl"), ["chosen", "rejected"], tokenizer, lm, 99)
     assert "2 tokenised apart" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not LLAMA_CPP.exists(), reason="LLAMA_CPP is not set")
+@pytest.mark.parametrize("name", ["llama-spm", "qwen2"])
+def test_real_tokenizers(name):
+    """Llama-2's and Qwen2's. Text has the ids that it always had. A response has those that it has in the
+    whole conversation, with and without a template, and generate.py reads it back."""
+    tokenizer = AutoTokenizer.from_pretrained(LLAMA_CPP / "models", gguf_file=f"ggml-vocab-{name}.gguf")
+    end = tokenizer.eos_token_id
+    texts = [*TEXTS, "def f(x):\n    return x", "\tTabs,  two spaces", "€ 1,234.50", "東京は日本の首都です。", "n't"]
+    for text in texts:
+        as_text = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert as_text == tokenizer(text, add_special_tokens=False).input_ids
+        tokenizer.chat_template = ZEPHYR
+        (prompt, response), apart = align.encode(tokenizer, QUESTION, [text], end)
+        whole = finished(tokenizer, QUESTION, text).rstrip("\n")
+        assert prompt + response == tokenizer(whole, add_special_tokens=False).input_ids and not apart
+        assert generate.decode(tokenizer, QUESTION, prompt, response[:-1]) == text
+        tokenizer.chat_template = None
+        (prompt, response), apart = align.encode(tokenizer, "Answer:", [" " + text], end)
+        whole = tokenizer("Answer: " + text, add_special_tokens=False).input_ids
+        assert (prompt + response)[-len(whole) - 1:] == [*whole, end] and not apart
+        assert generate.decode(tokenizer, "Answer:", prompt, response[:-1]) == " " + text
 
 
 @pytest.mark.parametrize("make", [byte_level, llama_2])
@@ -407,27 +431,35 @@ def test_a_template_that_writes_the_date_says_so(process_group, capsys):
     assert not capsys.readouterr().out
 
 
-def test_prompts_that_read_otherwise_are_noticed(tmp_path):
-    """As on another day: align.py says so of rewards, and --resume refuses it."""
-    day = "Today is a Monday.\n" + CHATML
-    tokenizer = byte_level(day)
+def test_on_another_day_rewards_are_said_and_resume_is_refused(tmp_path, monkeypatch, capsys):
+    """The template writes the date. The clock that it reads stands still, and is set."""
+    def today(day):
+        clock = Namespace(now=lambda: datetime(2026, 3, day))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+
+    tokenizer = byte_level("{{ strftime_now('%d %b') }}\n" + CHATML)
     small_model(tmp_path / "rm", tokenizer, classifier=True)
-    tokenizer.chat_template = day.replace("Monday", "Tuesday")
     small_model(tmp_path / "base", tokenizer)
     data, rewards, out = (tmp_path / name for name in ("pairs.jsonl", "rewards.pt", "drdo"))
     write_jsonl(data, [{"prompt": QUESTION, "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(4)])
-    run("precompute_rewards.py", "--oracle", tmp_path / "rm", "--data", data, "--out", rewards)
+    flags = ("--model", tmp_path / "base", "--data", data, "--eval_data=", "--oracle_rewards", rewards,
+             "--batch_size", 4, "--max_steps", 2, "--save_steps", 1, "--out", out)
+    today(8)
+    call("precompute_rewards.py", "--oracle", tmp_path / "rm", "--data", data, "--out", rewards)
     (out / "generation_config.json").mkdir(parents=True)  # in the way of the model: the run stops there
-    flags = (f"align.py --model {tmp_path}/base --data {data} --eval_data= --oracle_rewards {rewards} "
-             f"--batch_size 4 --max_steps 2 --save_steps 1 --dtype fp32 --out {out}")
-    status, output, _ = ends([(ROOT, flags.split())])
-    assert status == 2 and "an Oracle read its prompts in another form" in output
+    with pytest.raises(OSError):
+        call("align.py", *flags)
+    assert "in another form" not in capsys.readouterr().out
     (out / "generation_config.json").rmdir()
-    (out / "config.json").unlink()
-    tokenizer.chat_template = day.replace("Monday", "Wednesday")
-    tokenizer.save_pretrained(tmp_path / "base")
-    error = run("align.py", "--out", out, "--resume", expect=2)
-    assert "the data, their token ids or their rewards have changed" in error
+    today(9)
+    with pytest.raises(SystemExit, match="2"):
+        call("align.py", *flags, "--resume")
+    output, errors = capsys.readouterr()
+    assert "an Oracle read its prompts in another form" in output
+    assert "the data, their token ids or their rewards have changed" in errors
+    today(8)
+    call("align.py", *flags, "--resume")
+    assert [line["step"] for line in read_jsonl(out / "log.jsonl")] == [1, 2]
 
 
 def test_phi_3_from_sft_to_a_server(tmp_path):

@@ -57,7 +57,8 @@ LONG = ["SFT on winners", "DPO + NLL", *MAIN]
 SHARES = [0.1, 0.2, 0.4]
 RIVALS = ["cDPO", "rDPO"]
 for method in ("cDPO", "rDPO"):
-    RIVALS += [f"{method} --label_smoothing {share}" for share in SHARES if str(share) not in METHODS[method]]
+    RIVALS += [f"{method} --label_smoothing {share}" for share in SHARES 
+                if f"--label_smoothing {share}" not in METHODS[method]]
 
 # AdamW does not see a loss's scale. So the contrastive term is alone at alpha 10000.
 BETAS = ["--beta 0.5", "--beta 1", "--beta 10"]
