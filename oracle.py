@@ -33,6 +33,7 @@ import shutil
 import sys
 import time
 from array import array
+from difflib import get_close_matches
 from glob import glob
 from itertools import islice
 
@@ -137,7 +138,7 @@ def main():
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     # ---- the LM, and the pairs
-    tokenizer, lm = load_model(args.model, device)
+    tokenizer, lm = load_model(args.model, device, "sdpa")
     if type(lm.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # an Oracle is loaded as one
         fail(f"--model {args.model}: Transformers has no sequence classifier of its kind; take another model")
     set_pad_token(tokenizer, lm)
@@ -161,6 +162,15 @@ def main():
     state = start_run(engine, args, pairs, eval_pairs)  # step 0; with --resume that of the last checkpoint
 
     num_logps = 1 if args.alpha else 0  # Eq. 5 takes log pi of the chosen response alone
+
+    def evaluate(step):
+        if eval_pairs:
+            logps, rewards = score_all(model, eval_pairs, range(len(eval_pairs)), args, "evaluating")
+            _, metrics = loss_and_metrics(args, logps, rewards, torch.tensor(eval_pairs.lengths[:, 1]))
+            log(args, step, [metrics], prefix="eval_")
+
+    if not args.resume:
+        evaluate(0)
     window = []  # metrics since the last line of the log
     tokens = 0
     start = time.time()
@@ -181,15 +191,14 @@ def main():
         if evaluates or saves or step == 1 or step % args.log_steps == 0:
             log(args, step, window, epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
                 grad_norm=grad_norm, tokens_per_second=tokens / (time.time() - start))
-            if evaluates and eval_pairs:
-                logps, rewards = score_all(model, eval_pairs, range(len(eval_pairs)), args, "evaluating")
-                _, metrics = loss_and_metrics(args, logps, rewards, torch.tensor(eval_pairs.lengths[:, 1]))
-                log(args, step, [metrics], prefix="eval_")
+            if evaluates:
+                evaluate(step)
             if saves:
                 save_checkpoint(engine, args, state | {"step": step})
             window = []
             tokens = 0
             start = time.time()
+    write_card(args)
     save_model(lm, tokenizer, args.out)
 
 
@@ -249,7 +258,8 @@ class Rows:
     with whole_turn, where the chat template ends. sha256: the hash of all ids."""
 
     def __init__(self, path, keys, tokenizer, lm, max_length, limit=0, whole_turn=False):
-        max_length = min(max_length, getattr(lm.config, "max_position_embeddings", None) or math.inf)
+        positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+        max_length = min(max_length, positions or math.inf)
         end = None if whole_turn else lm.generation_config.eos_token_id[0]  # load_model put it there
         flat = array("i")
         number = num_apart = 0
@@ -432,16 +442,20 @@ def check_gradient(engine, step, lines, args):
     return grad_norm
 
 
-def load_model(folder, device):
-    """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), SDPA attention, no dropout."""
+def load_model(folder, device, attention=None):
+    """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), no dropout. attention: "sdpa" for the
+    row of a pair, whose mask is 4D; None: what transformers takes."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
         config = AutoConfig.from_pretrained(folder)
-        dropouts = [name for name, p in config.to_dict().items() if "drop" in name and isinstance(p, float)]
-        config.update(dict.fromkeys(dropouts, 0.0))  # OPT's is functional: only the config ends it
+        for part in (config, config.get_text_config()):
+            for name, value in part.to_dict().items():
+                if ("drop" in name or "jitter" in name) and isinstance(value, float):
+                    setattr(part, name, 0.0)  # OPT's dropout is functional: only the config ends it
         lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
-                                                        attn_implementation="sdpa", output_loading_info=True)
+                                                        attn_implementation=attention,
+                                                        output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
         assert len(tokenizer) <= lm.get_input_embeddings().num_embeddings, "its tokenizer is too large"
         stops = lm.generation_config.eos_token_id
@@ -449,7 +463,8 @@ def load_model(folder, device):
         end = end_token(tokenizer, stops)  # first in generation_config.json: servers stop there too
         lm.generation_config.eos_token_id = [end, *sorted(stops - {end})]
     except Exception as error:  # libraries raise anything where a file is damaged
-        fail(f"--model {folder}: {reason(error)}; give the folder or the hub name of a whole causal LM")
+        kind = f"whole causal LM{attention and ' with SDPA attention' or ''}"
+        fail(f"--model {folder}: {reason(error)}; give the folder or the hub name of a {kind}")
     lm.get_input_embeddings().padding_idx = None  # it stops a token's gradient; some models pad with EOS
     return tokenizer, lm.to(device).train()
 
@@ -547,6 +562,19 @@ def save_model(lm, tokenizer, folder):
     say(f"{folder}: model and tokenizer written")
 
 
+def write_card(args):
+    """Writes <out>/README.md, which a model hub shows: the flags, the data's hash, the last metrics."""
+    if dist.get_rank() == 0:
+        with open(f"{args.out}/args.json") as file:
+            flags = file.read()
+        with open(f"{args.out}/log.jsonl") as file:
+            *_, metrics = file
+        with open(f"{args.out}/README.md", "w") as file:
+            file.write("---\nlibrary_name: transformers\n---\n\n"
+                       f"{args.stage} of nanoDRDO trained this model from {args.model} on {args.data}.\n\n"
+                       f"```json\n{flags}\n```\n\nAt the end of training:\n\n```json\n{metrics}```\n")
+
+
 def init_process(args):
     """Joins the processes that `deepspeed` started; under `python` it is alone. Returns the device.
     Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
@@ -597,6 +625,17 @@ def reason(error):
     return text.split(". ")[0].rstrip(".") or type(error).__name__
 
 
+class Parser(argparse.ArgumentParser):
+    """A wrong flag ends the program in one line, which names the nearest right one."""
+
+    def error(self, message):
+        _, unknown, flags = message.partition("unrecognized arguments: ")
+        if unknown:
+            ours = [word.strip("[]") for word in self.format_usage().split() if "--" in word]
+            message += f"; the nearest flag is {get_close_matches(flags.split()[0], ours, 1, 0)[0]}"
+        fail(f"{message}; {self.prog} --help lists all flags")
+
+
 def check_flags(args, may_be_zero):
     """Fails where a number is not above 0 and finite. Flags named in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
@@ -634,7 +673,7 @@ def resume_or_start(parser, args):
 
 def parse_args():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
+    parser = Parser(description=__doc__, formatter_class=type("Help", formatters, {}))
     flag = parser.add_argument_group("method").add_argument
     flag("--alpha", type=float, default=0.01, help="Eq. 5's weight of the LM term; 0 is Eq. 2")
     flag("--lm_term", choices=["sum", "mean"], default="sum", help="log(y_w) over the response's tokens")
