@@ -534,7 +534,7 @@ def load_model(folder, device, attention=None):
 def make_engine(model, args):
     """DeepSpeed's engine by --deepspeed_config, with AdamW and this run's batch sizes and dtype."""
     if args.gradient_checkpointing:
-        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.lm.activation_checkpointing_enable({"use_reentrant": False})
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms: no weight decay
     groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}

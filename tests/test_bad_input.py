@@ -116,7 +116,7 @@ CASES = {
     "weights that are NaN": (GENERATE, {WEIGHTS: not_finite}, "--model out/sft: its weights are not finite"),
     "scaled logits": (DPO, {CONFIG: entries(model_type="granite", logits_scaling=8)}, "out/sft: log pi"),
     # flags
-    "no such flag": (f"{DPO} --bete 1", {}, "error: unrecognized arguments: --bete 1"),
+    "no such flag": (f"{DPO} --bete 1", {}, "arguments: --bete 1; the nearest flag is --beta"),
     "a batch of 0": (f"{SFT} --batch_size 0", {}, "--batch_size 0: give a finite number above 0"),
     "a beta of NaN": (f"{DPO} --beta nan", {}, "--beta nan: give a finite number above 0"),
     "a negative seed": (f"{ORACLE} --seed -1", {}, "--seed -1: give a finite number of 0 or more"),

@@ -261,7 +261,7 @@ def test_where_a_token_spans_the_border_both_are_tokenised_apart(tmp_path, proce
     assert not apart and pieces(tokenizer, ids)[1] == ["b", "A", "</s>"]
     write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "aQ", "chosen": "b", "rejected": text}
                                            for text in ("Ab", "c", "A")])
-    lm = Namespace(config=Namespace(), generation_config=Namespace(eos_token_id=[tokenizer.eos_token_id]))
+    lm = Namespace(config=LlamaConfig(), generation_config=Namespace(eos_token_id=[tokenizer.eos_token_id]))
     align.Rows(str(tmp_path / "pairs.jsonl"), ["chosen", "rejected"], tokenizer, lm, 99)
     assert "2 tokenised apart" in capsys.readouterr().out
 

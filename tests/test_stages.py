@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import save_rewards
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3Config, LlamaConfig, OPTConfig,
+                          OPTForCausalLM, PreTrainedTokenizerFast)
 
 import align
 import oracle
@@ -27,7 +28,7 @@ def test_a_pad_token_never_takes_a_word_away(tmp_path):
     end = "<|endoftext|>"
     byte_level(bos_token=end, eos_token=end, unk_token=end).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    lm = Namespace(config=Namespace())
+    lm = Namespace(config=LlamaConfig())
     oracle.set_pad_token(tokenizer, lm)
     tokenizer.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -54,6 +55,22 @@ def test_training_drops_nothing_out_and_moves_every_embedding(tmp_path):
     first.loss.backward()
     assert lm.training and torch.equal(first.logits, again.logits)
     assert lm.get_input_embeddings().weight.grad[eos].any()
+
+
+def test_noise_and_positions_of_a_text_model_inside_another_are_found(tmp_path, process_group, capsys):
+    """Gemma-3 keeps those of its text model in config.text_config."""
+    tokenizer = toy.make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    small = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1)
+    text = small | dict(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, attention_dropout=0.5,
+                        max_position_embeddings=20)
+    config = Gemma3Config(text_config=text, vision_config=small | dict(image_size=28, patch_size=14))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    _, lm = align.load_model(tmp_path, torch.device("cpu"))
+    assert lm.config.get_text_config().attention_dropout == 0
+    toy.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": " b" * n} for n in (3, 30)])
+    align.Rows(str(tmp_path / "rows.jsonl"), ["chosen"], tokenizer, lm, 1024)
+    assert "1 rows, 1 over --max_length 20 dropped" in capsys.readouterr().out
 
 
 def plan(row_tokens, **changes):
@@ -93,7 +110,7 @@ def test_equal_rewards_are_no_win():
     equal = torch.tensor([[-4.0, -4.0]])
     _, metrics = oracle.loss_and_metrics(Namespace(alpha=0), equal, equal, torch.tensor([2]))
     assert metrics["rewards/accuracies"].item() == 0
-    args = Namespace(loss="dpo", beta=0.1, nll_coef=0.0)
+    args = Namespace(loss="dpo", beta=0.1, label_smoothing=0.0, nll_coef=0.0)
     _, metrics = align.loss_and_metrics(args, equal, equal, equal, equal[None], torch.tensor([[2, 2]]))
     assert metrics["rewards/accuracies"].item() == 0
 
@@ -110,7 +127,7 @@ def split(tmp_path, process_group):
     save_rewards(scores, data, rewards)
     tokenizer = toy.make_tokenizer()
     end = Namespace(eos_token_id=[tokenizer.eos_token_id])
-    lm = Namespace(config=Namespace(), generation_config=end)
+    lm = Namespace(config=LlamaConfig(), generation_config=end)
     return rows, lambda args, limit=0: align.load_split(str(data), scores, tokenizer, lm, args, limit)
 
 
