@@ -15,7 +15,7 @@ A pair is one row of tokens, so its prompt is computed once. Prompt a b c, chose
     segment     0   0 | 1   1   1 | 2   2   2       a token sees segment 0 and its own, up to itself
     position    0   1 | 2   3   4 | 2   3   4       log pi(y|x) sums over d E, and over e E
 
-The path of a pair: a JSON row -> encode: token ids -> collate: (B, T) -> the LM's hidden states: (B, T, H)
+The path of a pair: a JSON line -> encode: token ids -> collate: (B, T) -> the LM's hidden states: (B, T, H)
 -> response_logps, last_token_rewards: (B, 2) -> loss_and_metrics: (B,) -> engine.backward.
 
 Where this departs from the paper: AdamW is torch's (theirs is partly paged). A step takes 64 pairs, as their
@@ -151,7 +151,7 @@ def collate(rows, device):
 
 
 def pair_mask(segments):
-    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). Causal. A response sees
+    """Attention mask (B, 1, T, T), True where the query (dim 2) sees the key (dim 3). Causal. A response sees
     the prompt and itself. Padding sees the prompt and padding: a query that sees nothing would give NaN."""
     query = segments[:, :, None]
     key = segments[:, None, :]
@@ -246,17 +246,17 @@ def main():
 # ---- scoring all pairs, reading them -----------------------------------------------------------------------
 
 @torch.no_grad()
-def score_all(model, pairs, rows, args, description):
-    """(logps, rewards) of the pairs whose numbers are in `rows`, NaN for the others: (N, 2) each, on the CPU.
+def score_all(model, pairs, numbers, args, description):
+    """(logps, rewards) of the pairs with these numbers, NaN for the others: (N, 2) each, on the CPU.
     They are sorted by length and shared out among the processes."""
     scores = torch.zeros(2, len(pairs), 2, device=model.lm.device)
-    order = sorted(rows, key=lambda i: -pairs.lengths[i].sum())
+    order = sorted(numbers, key=lambda i: -pairs.lengths[i].sum())
     micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0, leave=False):
         scores[:, micro] = torch.stack(model([pairs[i] for i in micro]))
     dist.all_reduce(scores)
-    scores[:, np.setdiff1d(np.arange(len(pairs)), rows)] = math.nan
+    scores[:, np.setdiff1d(np.arange(len(pairs)), numbers)] = math.nan
     return scores.cpu()
 
 
@@ -279,7 +279,7 @@ def check_layout(lm, pairs, args):
 
 
 def load_split(path, rewards_path, tokenizer, lm, args, limit=0):
-    """The pairs of a preference file (of its first `limit` rows; 0: of all), and their Oracle rewards,
+    """The pairs of a preference file (of its first `limit` lines; 0: of all), and their Oracle rewards,
     (K, N, 2), or NaN where the loss reads none. Drops pairs over --max_length; for drdo and edpo also pairs
     that were too long for an Oracle: NaN in rewards.pt. Without a path there are none."""
     if not path:
@@ -314,8 +314,8 @@ def load_split(path, rewards_path, tokenizer, lm, args, limit=0):
 # ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
 
 class Rows:
-    """Token ids of a JSONL file's rows that fit in max_length and the model, in one flat int32 array. rows[i]
-    is a list of arrays: the prompt, and the responses under `keys`. lines: (N,), line numbers in the file.
+    """Token ids of the lines of a JSONL file that fit in max_length and the model, in one flat int32 array.
+    rows[i] is a list of arrays: the prompt, and the responses under `keys`. lines: (N,), their numbers.
     lengths: (N, 1 + responses), tokens of each. A response ends in the LM's end token, or for a reward model,
     with whole_turn, where the chat template ends. sha256: the hash of all ids."""
 
@@ -330,8 +330,9 @@ class Rows:
             bar = tqdm(islice(file, limit or None), "tokenising", unit=" rows", disable=dist.get_rank() > 0)
             for number, line in enumerate(bar, 1):
                 try:
-                    row = json.loads(line)
-                    ids, apart = encode(tokenizer, row["prompt"], [row[key] for key in keys], end)
+                    fields = json.loads(line)
+                    responses = [fields[key] for key in keys]
+                    ids, apart = encode(tokenizer, fields["prompt"], responses, end)
                 except Exception as error:  # no JSON, no text, what a chat template refuses
                     fail(f"{path}, line {number}: {reason(error)}; write one JSON object a line, in UTF-8, "
                          f"with prompt, {', '.join(keys)}")
@@ -479,8 +480,8 @@ def plan_steps(row_tokens, args):
     for step in range(args.max_steps):
         if step % per_epoch == 0:
             order = np.random.default_rng((args.seed, step // per_epoch)).permutation(num_rows)
-        rows = order[step % per_epoch * size:][:size]
-        steps.append(rows[np.argsort(-row_tokens[rows], kind="stable")])
+        of_step = order[step % per_epoch * size:][:size]
+        steps.append(of_step[np.argsort(-row_tokens[of_step], kind="stable")])
     return np.stack(steps)
 
 

@@ -161,8 +161,8 @@ def check_logits(lm, rows, args):
 # ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
 
 class Rows:
-    """Token ids of a JSONL file's rows that fit in max_length and the model, in one flat int32 array. rows[i]
-    is a list of arrays: the prompt, and the responses under `keys`. lines: (N,), line numbers in the file.
+    """Token ids of the lines of a JSONL file that fit in max_length and the model, in one flat int32 array.
+    rows[i] is a list of arrays: the prompt, and the responses under `keys`. lines: (N,), their numbers.
     lengths: (N, 1 + responses), tokens of each. A response ends in the LM's end token, or for a reward model,
     with whole_turn, where the chat template ends. sha256: the hash of all ids."""
 
@@ -177,8 +177,9 @@ class Rows:
             bar = tqdm(islice(file, limit or None), "tokenising", unit=" rows", disable=dist.get_rank() > 0)
             for number, line in enumerate(bar, 1):
                 try:
-                    row = json.loads(line)
-                    ids, apart = encode(tokenizer, row["prompt"], [row[key] for key in keys], end)
+                    fields = json.loads(line)
+                    responses = [fields[key] for key in keys]
+                    ids, apart = encode(tokenizer, fields["prompt"], responses, end)
                 except Exception as error:  # no JSON, no text, what a chat template refuses
                     fail(f"{path}, line {number}: {reason(error)}; write one JSON object a line, in UTF-8, "
                          f"with prompt, {', '.join(keys)}")
@@ -326,8 +327,8 @@ def plan_steps(row_tokens, args):
     for step in range(args.max_steps):
         if step % per_epoch == 0:
             order = np.random.default_rng((args.seed, step // per_epoch)).permutation(num_rows)
-        rows = order[step % per_epoch * size:][:size]
-        steps.append(rows[np.argsort(-row_tokens[rows], kind="stable")])
+        of_step = order[step % per_epoch * size:][:size]
+        steps.append(of_step[np.argsort(-row_tokens[of_step], kind="stable")])
     return np.stack(steps)
 
 

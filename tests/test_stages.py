@@ -13,6 +13,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Lla
 
 import align
 import oracle
+import sft
 import toy
 
 def byte_level(**special):
@@ -71,6 +72,16 @@ def test_noise_and_positions_of_a_text_model_inside_another_are_found(tmp_path, 
     toy.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": " b" * n} for n in (3, 30)])
     align.Rows(str(tmp_path / "rows.jsonl"), ["chosen"], tokenizer, lm, 1024)
     assert "1 rows, 1 over --max_length 20 dropped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("save_model", [align.save_model, oracle.save_model, sft.save_model])
+def test_one_weight_that_is_not_finite_is_not_saved(save_model, tmp_path, process_group, capsys):
+    tokenizer = toy.make_tokenizer()
+    lm = toy.make_model(tokenizer, seed=0, steps=0)
+    lm.model.norm.weight.data[3] = math.nan
+    with pytest.raises(SystemExit, match="2"):
+        save_model(align.PairModel(lm) if save_model is align.save_model else lm, tokenizer, tmp_path)
+    assert "weights are not finite" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def plan(row_tokens, **changes):
