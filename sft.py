@@ -604,7 +604,7 @@ def parse_args():
     flag = parser.add_argument_group("logging and checkpoints").add_argument
     flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
     flag("--eval_rows", type=int, default=1000, help="evaluate on the first rows of --eval_data; 0: on all")
-    flag("--eval_steps", type=int, default=100, help="steps between evaluations; the last step has one")
+    flag("--eval_steps", type=int, default=100, help="steps between evaluations, besides those at both ends")
     flag("--save_steps", type=int, default=500, help="steps between checkpoints for --resume; 0: none")
     flag("--resume", action="store_true", help="go on from <out>/checkpoint, with its run's flags and as "
          "many processes")
