@@ -47,7 +47,7 @@ def test_sampling_is_top_p_at_each_temperature(tmp_path):
     toy.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     flags = ["--temperature", 1, 0.5, "--max_new_tokens", 40, "--micro_batch_size", 8]
     rows = generations(tmp_path, *flags)
-    expected = [(prompt, temperature) for prompt in PROMPTS for temperature in (0.5, 1.0)]
+    expected = [(prompt, temperature) for prompt in PROMPTS for temperature in (1.0, 0.5)]
     assert [(row["prompt"], row["temperature"]) for row in rows] == expected
     for temperature, shares in SHARES.items():
         responses = [row["response"] for row in rows if row["temperature"] == temperature]

@@ -42,8 +42,17 @@ def model(request):
 
 
 def run(model, prompts=prompts(), temperatures=(0.0, 0.7, 1.5), top_p=0.9, max_new_tokens=24, ends=ENDS,
-        seed=0):
-    return generate.generate(model, prompts, list(temperatures), top_p, max_new_tokens, ends, seed)
+        seed=0, by=generate.generate):
+    """Of each prompt's answers: (ids up to its end, whether it came to one)."""
+    draws = torch.stack([torch.stack([generate.draw(ids, temperature, max_new_tokens, seed)
+                                      for temperature in temperatures]) for ids in prompts])
+    tokens = by(model, prompts, torch.tensor(temperatures), top_p, draws, ends)
+    return [[cut(ids, ends) for ids in row] for row in tokens.tolist()]
+
+
+def cut(ids, ends=ENDS):
+    stop = next((i for i, token in enumerate(ids) if token in ends), None)
+    return ids[:stop], stop is not None
 
 
 def test_greedy_text_is_that_of_transformers(model):
@@ -52,13 +61,10 @@ def test_greedy_text_is_that_of_transformers(model):
     for ids in prompts():
         output = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)),
                                 max_new_tokens=24, do_sample=False)[0, len(ids):].tolist()
-        stop = next((i for i, token in enumerate(output) if token in ENDS), None)
-        expected.append((output[:stop], stop is not None))
+        expected.append(cut(output))
     for temperatures in [0.0], [0.7, 0.0, 1.5]:
         answers = run(model, temperatures=temperatures)
         assert [row[temperatures.index(0.0)] for row in answers] == expected
-    apart = generate.generate_apart(model, prompts(), [0.0], 0.9, 24, ENDS, 0)
-    assert apart == [(answer,) for answer in expected]
 
 
 def test_a_text_depends_on_prompt_temperature_and_seed_alone(model):
@@ -71,6 +77,7 @@ def test_a_text_depends_on_prompt_temperature_and_seed_alone(model):
     other = run(model, seed=1)
     assert [row[0] for row in other] == [row[0] for row in whole]
     assert all(one[2] != another[2] for one, another in zip(whole, other))
+    assert run(model, by=generate.generate_apart) == whole
     shorter = run(model, max_new_tokens=10)
     for row, longer in zip(shorter, whole):
         assert row == [(ids[:10], ended and len(ids) < 10) for ids, ended in longer]
@@ -127,10 +134,10 @@ def test_draws_are_fixed_for_ever():
     """By the SHA-256 of prompt, temperature and seed, and by torch's Mersenne twister."""
     digest = hashlib.sha256(b"([1, 2], 0.7, 3)").digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    expected = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-    assert generate.draw([1, 2], 0.7, 3, 5) == expected
-    for other in ([1, 3], 0.7, 3), ([1, 2], 0.8, 3), ([1, 2], 0.7, 4):
-        assert generate.draw(*other, 5) != expected
+    expected = torch.rand(5, generator=generator, dtype=torch.float64)
+    assert torch.equal(generate.draw([1, 2], 0.7, 5, 3), expected)
+    for prompt, temperature, seed in ([1, 3], 0.7, 3), ([1, 2], 0.8, 3), ([1, 2], 0.7, 4):
+        assert (generate.draw(prompt, temperature, 5, seed) != expected).all()
 
 
 def test_at_least_one_token_and_a_draw_near_1():
