@@ -45,7 +45,7 @@ def main():
     if dist.get_rank() > 0:
         return
     if args.relabel:
-        relabel(args.data, rewards, args.relabel)
+        rewards = relabel(args.data, rewards, args.relabel)
         sha256 = hash_of(args.relabel)
     oracles = [folder.rstrip("/") for folder in args.oracle]
     templates = [template for _, template in scored]
@@ -171,11 +171,12 @@ def read_texts(path, tokenizer):
                     if key == "reference" and not isinstance(row.get(key), str):
                         column.append(-1)
                         continue
-                    digest = hashlib.sha256(json.dumps([row["prompt"], row[key]]).encode()).digest()
+                    ids, _ = encode(tokenizer, row["prompt"], [row[key]])
+                    text = [np.array(part, np.int32) for part in ids]
+                    digest = hashlib.sha256(np.concatenate(text)).digest()
                     if digest not in numbers:
                         numbers[digest] = len(texts)
-                        ids, _ = encode(tokenizer, row["prompt"], [row[key]])
-                        texts.append([np.array(part, np.int32) for part in ids])
+                        texts.append(text)
                     column.append(numbers[digest])
             except Exception as error:  # no JSON, no text, what a chat template refuses
                 fail(f"{path}, line {line_number}: {reason(error)}; write one JSON object a line, in UTF-8, "
@@ -186,19 +187,28 @@ def read_texts(path, tokenizer):
 
 
 def relabel(data, rewards, path):
-    """Writes the pairs to `path`, the response with the higher mean reward as `chosen`. Swaps rewards too."""
-    chosen, rejected = rewards["chosen"], rewards["rejected"]
-    swapped = rejected.mean(0) > chosen.mean(0)  # (N,); NaN: not swapped
+    """Writes the pairs to `path`, the response with the higher mean reward as `chosen`. Returns the rewards of
+    the pairs that it wrote. It leaves out those without two rewards, and those with equal ones."""
+    margins = (rewards["chosen"] - rewards["rejected"]).mean(0)  # (N,); NaN: too long for an Oracle
     with open(data, "rb") as lines, open(path + ".partial", "w", encoding="utf-8", errors="replace") as file:
-        for line, swap in zip(lines, swapped.tolist()):
+        for line, margin in zip(lines, margins.tolist()):
             row = json.loads(line)
-            if swap:
-                row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if margin < 0:
+                row.pop("confidence", None)  # in the order that the file had
+                for key in [key for key in row if "chosen" in key]:
+                    other = key.replace("chosen", "rejected")
+                    if other in row:  # chosen_rating, score_chosen, ...
+                        row[key], row[other] = row[other], row[key]
+            if abs(margin) > 0:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(path + ".partial", path)
-    rewards["chosen"] = torch.where(swapped, rejected, chosen)
-    rewards["rejected"] = torch.where(swapped, chosen, rejected)
-    print(f"{path}: {len(swapped)} pairs, the two responses of {int(swapped.sum())} swapped")
+    kept = margins.abs() > 0
+    swapped = margins[kept] < 0
+    print(f"{path}: {len(swapped)} pairs, the two responses of {int(swapped.sum())} swapped; "
+          f"{int((~kept).sum())} left out: without two rewards, or with equal ones")
+    chosen, rejected = rewards["chosen"][:, kept], rewards["rejected"][:, kept]
+    return {"chosen": torch.where(swapped, rejected, chosen),
+            "rejected": torch.where(swapped, chosen, rejected)}
 
 
 def collate(rows, device):
@@ -421,7 +431,7 @@ def parse_args():
     flag("--data", default="data/all/train.jsonl", help="JSONL to score")
     flag("--out", default="rewards.pt", help="file to write")
     flag("--relabel", metavar="FILE", help="write the pairs here again, the response with the higher mean "
-         "reward as `chosen`; --out then belongs to this file, and align.py takes both")
+         "reward as `chosen`, less those it cannot order; --out then belongs to this file, for align.py")
     flag("--max_length", type=int, default=1024, help="a prompt + response with more tokens gets NaN")
     flag("--micro_batch_size", type=int, default=32, help="responses per forward pass, on one process")
     flag("--dtype", choices=["auto", "bf16", "fp32"], default="fp32",

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import read_jsonl, run
 from test_chat import byte_level, small_model
 from test_layout import models, own_reward  # noqa: F401 (a fixture)
 
@@ -98,3 +98,23 @@ def test_too_long_texts_get_nan_and_equal_texts_one_reward(tmp_path):
     assert saved["response"][0].tolist() == pytest.approx(expected, abs=1e-5, nan_ok=True)
     assert saved["response"][0, 0] == saved["response"][0, 6] == saved["reference"][0, 4]
     assert saved["reference"][0, 5] == pytest.approx(own(prompts[1], "A long time ago."), abs=1e-5)
+
+
+def test_relabel_writes_the_pairs_that_it_can_order(tmp_path, capsys):
+    """The mean of two Oracles orders a pair. What belongs to the order that it had is swapped, or leaves."""
+    def pair(chosen, rejected, first, second, **more):
+        return {"prompt": "a", "chosen": chosen, "rejected": rejected, "chosen_rating": first,
+                "rejected_rating": second, "score_chosen": first, "edit_distance": 0.5, **more}
+
+    rows = [pair("b", "c", 1, 2, confidence=3), pair("d", "e", 3, 4, confidence=5),
+            pair("f", "g", 5, 6, confidence=7), pair("h", "i", 7, 8), pair("j", "k", 9, 10)]
+    toy.write_jsonl(tmp_path / "pairs.jsonl", rows)
+    nan = math.nan
+    rewards = {"chosen": torch.tensor([[1.0, 4.0, nan, 2.0, 0.0], [1.0, 1.0, 0.0, 2.0, 5.0]]),
+               "rejected": torch.tensor([[0.0, 3.0, 5.0, 3.0, 1.0], [3.0, 1.5, 5.0, 1.0, 0.0]])}
+    kept = precompute_rewards.relabel(tmp_path / "pairs.jsonl", rewards, str(tmp_path / "labelled.jsonl"))
+    swapped = pair("c", "b", 2, 1) | {"score_chosen": 1}  # (1 + 1) / 2 is below (0 + 3) / 2
+    assert read_jsonl(tmp_path / "labelled.jsonl") == [swapped, rows[1], rows[4]]
+    assert kept["chosen"].tolist() == [[0, 4, 0], [3, 1, 5]]
+    assert kept["rejected"].tolist() == [[1, 3, 1], [1, 1.5, 0]]
+    assert "3 pairs, the two responses of 1 swapped; 2 left out" in capsys.readouterr().out
