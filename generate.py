@@ -1,12 +1,12 @@
 """Generates responses from a policy at several temperatures, top-p, for evaluate.py.
 
 In:   a policy (out/drdo), a JSONL with `prompt` (a validation file, or a prompt set of splits.py)
-Out:  <model>/generations.jsonl, a row for each prompt and temperature, in prompt order: `prompt`, `response`,
+Out:  out/drdo_generations.jsonl, a row for each prompt and temperature, in their order: `prompt`, `response`,
       `temperature`, `generator`, `tokens` (without EOS), `eos` (False: cut off at --max_new_tokens), and what
       the prompt's row carried, but for a pair's chosen and rejected
 
     deepspeed generate.py
-    deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out out/dpo/cnn.jsonl
+    deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out out/dpo_cnn.jsonl
     deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      # greedy
 
 The answers of a prompt, one for each temperature, grow side by side in one row, like a pair in align.py. The
@@ -411,7 +411,8 @@ def parse_args():
     flag("--model", default="out/drdo", help="the policy: a folder or a hub name")
     flag("--prompts", default="data/all/validation.jsonl", help="JSONL with `prompt`")
     flag("--num_prompts", type=int, default=0, help="take only the first N prompts; 0: all")
-    flag("--out", help="file to write; None: <model>/generations.jsonl")
+    flag("--out", help="file to write; None: <model>_generations.jsonl, beside the model's folder; of a model of "
+         "the hub in out/")
     flag("--generator", help="the policy's name in the output; None: --model")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--temperature", type=float, nargs="+", default=[0.2, 0.5, 0.7, 0.9], help="each; 0 is greedy")
@@ -426,10 +427,9 @@ def parse_args():
     check_flags(args, "temperature num_prompts")
     if args.top_p > 1:
         fail(f"--top_p {args.top_p}: it is a probability; give a number above 0, at most 1")
-    if not args.out and not os.path.isdir(args.model):
-        fail(f"--model {args.model} is no folder here; for a model of the hub give --out too")
-    args.out = args.out or f"{args.model}/generations.jsonl"
     args.generator = args.generator or args.model.rstrip("/")
+    folder = args.model.rstrip("/") if os.path.isdir(args.model) else f"out/{os.path.basename(args.model)}"
+    args.out = args.out or f"{folder}_generations.jsonl"
     if os.path.isdir(args.out):
         fail(f"--out {args.out} is a folder; name a file in it")
     if os.path.realpath(args.out) == os.path.realpath(args.prompts):

@@ -7,7 +7,7 @@ Out:  rewards.pt: a dict that torch.load(weights_only=True) reads. Tensors, floa
 
     deepspeed precompute_rewards.py                                                 # for align.py --loss drdo
     deepspeed precompute_rewards.py --oracle out/reward_model_{1,2,3} --out ensemble.pt      # for --loss edpo
-    deepspeed precompute_rewards.py --data out/drdo/generations.jsonl --out out/drdo/rewards.pt   # evaluate
+    deepspeed precompute_rewards.py --data out/drdo_generations.jsonl --out out/drdo_generations.pt
     deepspeed precompute_rewards.py --data pairs.jsonl --relabel labelled.jsonl         # pairs without labels
     deepspeed --num_gpus 2 precompute_rewards.py --oracle Skywork/Skywork-Reward-V2-Llama-3.2-1B
 

@@ -184,7 +184,7 @@ def test_answers_of_such_a_model_are_written_all_the_same(tmp_path, capsys):
     call("generate.py", "--model", tmp_path, "--prompts", tmp_path / "prompts.jsonl", "--temperature", 0, 1,
          "--max_new_tokens", 12)
     assert "does not take the mask" in capsys.readouterr().out
-    rows = read_jsonl(tmp_path / "generations.jsonl")
+    rows = read_jsonl(f"{tmp_path}_generations.jsonl")
     assert [(row["prompt"], row["temperature"]) for row in rows] == [
         (prompt, temperature) for prompt in ("Who wrote Hamlet?", "Why?") for temperature in (0, 1)]
     for row in rows[::2]:
