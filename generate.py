@@ -19,6 +19,7 @@ prompt a b c is read once. Each step feeds a token of each answer, here of d e f
 A prompt that stands in several rows is taken once. Batches hold prompts of similar length. Each answer draws
 from its own generator, seeded by prompt, temperature and --seed: the text does not depend on the number of
 processes. Batch size and the other temperatures change it by rounding alone, which bf16 makes frequent.
+A model that does not take the mask answers by Transformers' own loop, with the same draws.
 """
 import argparse
 import hashlib
@@ -55,7 +56,7 @@ def main():
     if not takes_mask(model, prompts[kept[0]], args.max_new_tokens):
         say(f"{args.model} does not take the mask of several answers in a row: each reads its prompt anew")
         answer = generate_apart
-        size = 1 if model._is_stateful else max(1, size // len(args.temperature))  # a state reads padding
+        size = 1 if model._is_stateful else size  # padding would change a recurrent model's state
     batches = [kept[i:i + size] for i in range(0, len(kept), size)]
     temperatures = torch.tensor(args.temperature, device=device)
     written = []  # (number of the prompt, row)
@@ -178,19 +179,20 @@ def takes_mask(model, prompt, max_new_tokens):
 @torch.no_grad()
 def generate_apart(model, prompts, temperatures, top_p, draws, ends):
     """As `generate`, by Transformers' own loop: each answer reads the prompt anew."""
-    B, n, T = draws.shape
     width = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    answers = input_ids.new_full(draws.shape, -1)
+    for k, temperature in enumerate(temperatures):
+        def choose(ids, logits):  # a logits processor that leaves one token, a sampled one
+            tokens = sample(logits.float(), temperature, top_p, draws[:, k, ids.shape[1] - width])
+            return torch.full_like(logits, -math.inf).scatter(1, tokens[:, None], 0.0)
 
-    def choose(ids, logits):  # a logits processor that leaves one token, a sampled one
-        tokens = sample(logits.float().view(B, n, -1), temperatures, top_p, draws[..., ids.shape[1] - width])
-        return torch.full_like(logits, -math.inf).scatter(1, tokens.view(-1, 1), 0.0)
-
-    output = model.generate(input_ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0),
-                            logits_processor=[choose], do_sample=False, max_new_tokens=T,
-                            eos_token_id=sorted(ends), pad_token_id=min(ends))
-    return output[:, width:].reshape(B, n, -1)
+        output = model.generate(input_ids, attention_mask=mask, logits_processor=[choose], do_sample=False,
+                                max_new_tokens=draws.shape[2], eos_token_id=sorted(ends),
+                                pad_token_id=min(ends))[:, width:]
+        answers[:, k, :output.shape[1]] = output
+    return answers
 
 
 def decode(tokenizer, prompt, prompt_ids, ids):

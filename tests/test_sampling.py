@@ -8,9 +8,10 @@ import torch
 from conftest import call, read_jsonl
 from test_chat import byte_level, small_model
 from test_layout import random_lm
-from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig,
-                          LogitsProcessorList, MambaConfig, OPTConfig, Phi3Config, Qwen2Config,
-                          TemperatureLogitsWarper, TopPLogitsWarper)
+from transformers import (AutoModelForCausalLM, BloomConfig, Gemma2Config, Gemma3TextConfig, GPTJConfig,
+                          GPTNeoXConfig, GptOssConfig, LlamaConfig, LogitsProcessorList, MambaConfig,
+                          MptConfig, OPTConfig, Phi3Config, Qwen2Config, RwkvConfig, TemperatureLogitsWarper,
+                          TopPLogitsWarper)
 
 import generate
 import toy
@@ -176,17 +177,24 @@ def test_a_model_without_attention_does_not_take_it():
     assert not generate.takes_mask(AutoModelForCausalLM.from_config(config).eval(), prompts()[2], 24)
 
 
-def test_answers_of_such_a_model_are_written_all_the_same(tmp_path, capsys):
-    """By Transformers' own generate; the text at temperature 0 is that of the model's own argmax."""
+@pytest.mark.parametrize("config, shape", [
+    (Phi3Config, {"sliding_window": 16}), (Gemma2Config, {"head_dim": 8}), (BloomConfig, {}),
+    (MptConfig, {"d_model": 32, "n_heads": 4, "n_layers": 2}), (GPTJConfig, {"rotary_dim": 4}),
+    (GptOssConfig, {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}), (MambaConfig, {}),
+    (RwkvConfig, {"attention_hidden_size": 32})])
+def test_answers_of_such_a_model_are_written_all_the_same(tmp_path, capsys, config, shape):
+    """By Transformers' own generate. Phi-3 slides a window, others have no SDPA, the last two are recurrent:
+    padding would change their state. The text at temperature 0 is that of the model's own argmax."""
     tokenizer = byte_level()
-    model = small_model(tmp_path, tokenizer, Phi3Config, sliding_window=16)
-    toy.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Who wrote Hamlet?"}, {"prompt": "Why?"}])
+    model = small_model(tmp_path, tokenizer, config, **shape)
+    prompts = ["Who wrote Hamlet?", "Why?", "And then?"]
+    toy.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     call("generate.py", "--model", tmp_path, "--prompts", tmp_path / "prompts.jsonl", "--temperature", 0, 1,
          "--max_new_tokens", 12)
     assert "does not take the mask" in capsys.readouterr().out
     rows = read_jsonl(f"{tmp_path}_generations.jsonl")
     assert [(row["prompt"], row["temperature"]) for row in rows] == [
-        (prompt, temperature) for prompt in ("Who wrote Hamlet?", "Why?") for temperature in (0, 1)]
+        (prompt, temperature) for prompt in prompts for temperature in (0, 1)]
     for row in rows[::2]:
         ids = tokenizer(tokenizer.bos_token + row["prompt"]).input_ids
         for _ in range(row["tokens"] + row["eos"]):

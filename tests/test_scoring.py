@@ -4,9 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import read_jsonl, run
+from conftest import call, read_jsonl, run
 from test_chat import byte_level, small_model
 from test_layout import models, own_reward  # noqa: F401 (a fixture)
+from transformers import BloomConfig, Gemma2Config, GPTJConfig, GptOssConfig, MptConfig
 
 import precompute_rewards
 import toy
@@ -98,6 +99,27 @@ def test_too_long_texts_get_nan_and_equal_texts_one_reward(tmp_path):
     assert saved["response"][0].tolist() == pytest.approx(expected, abs=1e-5, nan_ok=True)
     assert saved["response"][0, 0] == saved["response"][0, 6] == saved["reference"][0, 4]
     assert saved["reference"][0, 5] == pytest.approx(own(prompts[1], "A long time ago."), abs=1e-5)
+
+
+@pytest.mark.parametrize("config, shape", [
+    (Gemma2Config, {"head_dim": 8}), (BloomConfig, {}), (MptConfig, {"d_model": 32, "n_heads": 4}),
+    (GPTJConfig, {"rotary_dim": 4}), (GptOssConfig, {"head_dim": 8, "num_local_experts": 4})])
+def test_models_without_sdpa_are_scored_too(tmp_path, config, shape, capsys):
+    """A text a row, as they ignore the mask or read it otherwise."""
+    tokenizer = byte_level()
+    classifier = small_model(tmp_path / "rm", tokenizer, config, classifier=True, **shape)
+    rows = [{"prompt": "What is it?", "chosen": "A rat.", "rejected": "It is a cat."},
+            {"prompt": "Why?", "chosen": "No idea.", "rejected": "So."}]
+    toy.write_jsonl(tmp_path / "rows.jsonl", rows)
+    call("precompute_rewards.py", "--oracle", tmp_path / "rm", "--data", tmp_path / "rows.jsonl", "--out",
+         tmp_path / "rewards.pt")
+    assert "does not take the mask" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "rewards.pt", weights_only=True)
+    for key in ("chosen", "rejected"):
+        for row, reward in zip(rows, saved[key][0]):
+            text = f"{tokenizer.bos_token}{row['prompt']}{row[key]}{tokenizer.eos_token}"
+            own = classifier(tokenizer(text, return_tensors="pt").input_ids).logits.item()
+            assert reward.item() == pytest.approx(own, abs=1e-5)
 
 
 def test_relabel_writes_the_pairs_that_it_can_order(tmp_path, capsys):
