@@ -187,8 +187,8 @@ def read_texts(path, tokenizer):
 
 
 def relabel(data, rewards, path):
-    """Writes the pairs to `path`, the response with the higher mean reward as `chosen`. Returns the rewards of
-    the pairs that it wrote. It leaves out those without two rewards, and those with equal ones."""
+    """Writes the pairs to `path`, the response with the higher mean reward as `chosen`. Returns the rewards
+    of the pairs that it wrote. It leaves out those without two rewards, and those with equal ones."""
     margins = (rewards["chosen"] - rewards["rejected"]).mean(0)  # (N,); NaN: too long for an Oracle
     with open(data, "rb") as lines, open(path + ".partial", "w", encoding="utf-8", errors="replace") as file:
         for line, margin in zip(lines, margins.tolist()):
