@@ -413,8 +413,8 @@ def parse_args():
     flag("--model", default="out/drdo", help="the policy: a folder or a hub name")
     flag("--prompts", default="data/all/validation.jsonl", help="JSONL with `prompt`")
     flag("--num_prompts", type=int, default=0, help="take only the first N prompts; 0: all")
-    flag("--out", help="file to write; None: <model>_generations.jsonl, beside the model's folder; for a model "
-         "of the hub in out/")
+    flag("--out", help="file to write; None: <model>_generations.jsonl, beside the model's folder, or in out/ "
+         "for a model of the hub")
     flag("--generator", help="the policy's name in the output; None: --model")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--temperature", type=float, nargs="+", default=[0.2, 0.5, 0.7, 0.9], help="each; 0 is greedy")
