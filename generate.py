@@ -1,12 +1,12 @@
 """Generates responses from a policy at several temperatures, top-p, for evaluate.py.
 
 In:   a policy (out/drdo), a JSONL with `prompt` (a validation file, or a prompt set of splits.py)
-Out:  <model>/generations.jsonl, a row for each prompt and temperature, in prompt order: `prompt`, `response`,
+Out:  out/drdo_generations.jsonl, a row for each prompt and temperature, in their order: `prompt`, `response`,
       `temperature`, `generator`, `tokens` (without EOS), `eos` (False: cut off at --max_new_tokens), and what
       the prompt's row carried, but for a pair's chosen and rejected
 
     deepspeed generate.py
-    deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out out/dpo/cnn.jsonl
+    deepspeed generate.py --model out/dpo --prompts data/prompts/cnn_dailymail.jsonl --out out/dpo_cnn.jsonl
     deepspeed --num_gpus 2 generate.py --temperature 0 --max_new_tokens 512      # greedy
 
 The answers of a prompt, one for each temperature, grow side by side in one row, like a pair in align.py. The
@@ -19,6 +19,7 @@ prompt a b c is read once. Each step feeds a token of each answer, here of d e f
 A prompt that stands in several rows is taken once. Batches hold prompts of similar length. Each answer draws
 from its own generator, seeded by prompt, temperature and --seed: the text does not depend on the number of
 processes. Batch size and the other temperatures change it by rounding alone, which bf16 makes frequent.
+A model that does not take the mask answers by Transformers' own loop, with the same draws.
 """
 import argparse
 import hashlib
@@ -27,15 +28,12 @@ import math
 import os
 import sys
 import time
-from functools import partial
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch.nn.functional import pad
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, Cache, DynamicLayer, GenerationConfig,
-                          logging)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, logging
 
 
 def main():
@@ -43,7 +41,8 @@ def main():
     device = init_process(args)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tokenizer, model, ends = load_model(args.model, device, args.dtype)
-    max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    max_length = min(args.max_length, positions or math.inf)
     rows, prompts = read_prompts(args, tokenizer)
     kept = [i for i, ids in enumerate(prompts) if len(ids) + args.max_new_tokens <= max_length]
     if not kept:
@@ -52,22 +51,28 @@ def main():
 
     # ---- batches by length; each process gets its share
     kept.sort(key=lambda i: -len(prompts[i]))
-    batches = [kept[i:i + args.micro_batch_size] for i in range(0, len(kept), args.micro_batch_size)]
     answer = generate
+    size = args.micro_batch_size
     if not takes_mask(model, prompts[kept[0]], args.max_new_tokens):
         say(f"{args.model} does not take the mask of several answers in a row: each reads its prompt anew")
         answer = generate_apart
-    written = []  # ((prompt, temperature), row)
+        size = 1 if model._is_stateful else size  # padding would change a recurrent model's state
+    batches = [kept[i:i + size] for i in range(0, len(kept), size)]
+    temperatures = torch.tensor(args.temperature, device=device)
+    written = []  # (number of the prompt, row)
     for batch in tqdm(batches[rank::world_size], args.generator, disable=rank > 0):
-        results = answer(model, [prompts[i] for i in batch], args.temperature, args.top_p,
-                         args.max_new_tokens, ends, args.seed)
-        for i, answers in zip(batch, results):
+        draws = torch.stack([draw(prompts[i], temperature, args.max_new_tokens, args.seed)
+                             for i in batch for temperature in args.temperature])
+        draws = draws.view(len(batch), len(temperatures), -1).to(device)
+        tokens = answer(model, [prompts[i] for i in batch], temperatures, args.top_p, draws, ends)
+        for i, answers in zip(batch, tokens.tolist()):
             row = {name: value for name, value in rows[i].items() if name not in ("chosen", "rejected")}
-            for temperature, (ids, ended) in zip(args.temperature, answers):
-                response = decode(tokenizer, row["prompt"], prompts[i], ids)
-                written.append(((i, temperature), row | {
-                    "response": response, "temperature": temperature, "generator": args.generator,
-                    "tokens": len(ids), "eos": ended}))
+            for temperature, ids in zip(args.temperature, answers):
+                stop = next((k for k, token in enumerate(ids) if token in ends), None)
+                written.append((i, row | {
+                    "response": decode(tokenizer, row["prompt"], prompts[i], ids[:stop]),
+                    "temperature": temperature, "generator": args.generator, "tokens": len(ids[:stop]),
+                    "eos": stop is not None}))
 
     # ---- save
     parts = [None] * world_size
@@ -83,99 +88,66 @@ def main():
 
 
 @torch.no_grad()
-def generate(model, prompts, temperatures, top_p, max_new_tokens, ends, seed):
-    """Samples answers to B prompts, lists of token ids, at n temperatures. Returns for each prompt n answers:
-    (ids without EOS, whether it came to its EOS)."""
-    B, n = len(prompts), len(temperatures)
-    tensor = partial(torch.tensor, device=model.device)
-    draws = tensor([[draw(ids, t, seed, max_new_tokens) for t in temperatures] for ids in prompts])
-    cache, mask, position_ids = read_prompts_once(model, prompts, n)
+def generate(model, prompts, temperatures, top_p, draws, ends):
+    """Samples answers to B prompts, lists of token ids, at temperatures (n,), by `draws` (B, n, T), numbers
+    in [0, 1). Returns the tokens, (B, n, T). An answer ends in the first that is in `ends`."""
+    B, n, T = draws.shape
+    cache, mask = read_prompts_once(model, prompts, n)
+    stops = torch.tensor(sorted(ends), device=model.device)
     own = torch.eye(n, dtype=torch.bool, device=model.device)  # of a step's n tokens an answer sees its own
-    tokens = tensor([ids[-1:] * n for ids in prompts])  # (B, n)
-    answers = tokens.new_zeros(B, n, max_new_tokens)
-    ended = torch.zeros_like(tokens, dtype=torch.bool)
+    tokens = torch.tensor([ids[-1:] * n for ids in prompts], device=model.device)  # (B, n)
+    answers = tokens.new_full(draws.shape, -1)
     rows = torch.arange(B, device=model.device)  # the prompts that are in the batch
-    for step in range(max_new_tokens):
+    for step in range(T):
         mask = torch.cat([mask, own.expand(len(rows), 1, n, n)], -1)  # (B, 1, n, keys)
-        logits = model(tokens, attention_mask=mask, position_ids=position_ids + step, past_key_values=cache,
-                       use_cache=True).logits  # (B, n, V)
-        tokens = sample(logits.float().flatten(0, 1), tensor(temperatures).repeat(len(rows)), top_p,
-                        draws[rows, :, step].flatten()).view(-1, n)
+        logits = model(tokens, attention_mask=mask, position_ids=mask.sum(-1)[:, 0] - 1,
+                       past_key_values=cache, use_cache=True).logits  # (B, n, V)
+        tokens = sample(logits.float(), temperatures, top_p, draws[rows, :, step])
         answers[rows, :, step] = tokens
-        ended |= torch.isin(tokens, tensor(sorted(ends)))
-        going = ~ended.all(1)
+        going = ~torch.isin(answers[rows], stops).any(-1).all(-1)
         if not going.any():
             break
         if not going.all():  # a row leaves when all its answers have ended
             cache.batch_select_indices(going)
-            state = rows, tokens, ended, mask, position_ids
-            rows, tokens, ended, mask, position_ids = [x[going] for x in state]
-    return [[cut(ids, ends) for ids in row] for row in answers.tolist()]
+            rows, tokens, mask = rows[going], tokens[going], mask[going]
+    return answers
 
 
 def read_prompts_once(model, prompts, n):
-    """Reads B prompts less their last tokens. Returns the cache; for n tokens behind each prompt the mask by
-    which they see it, (B, 1, n, keys), and their first position, (B, n)."""
+    """Reads B prompts less their last tokens, causal and padded right. Returns the cache, and for n tokens
+    behind each prompt the mask by which they see it, (B, 1, n, keys)."""
     lengths = torch.tensor([[len(ids) - 1] for ids in prompts], device=model.device)  # (B, 1)
     width = int(lengths.max())
-    cache = Cache(layer_class_to_replicate=RoomyLayer)
-    if width:  # causal, padded right: needs no mask
+    cache = DynamicCache()
+    if width:
         input_ids = torch.tensor([ids[:-1] + [0] * (width + 1 - len(ids)) for ids in prompts])
         model.base_model(input_ids=input_ids.to(model.device), past_key_values=cache, use_cache=True)
     mask = torch.arange(width, device=model.device) < lengths  # (B, keys)
-    return cache, mask[:, None, None].expand(-1, 1, n, -1), lengths.expand(-1, n)
+    return cache, mask[:, None, None].expand(-1, 1, n, -1)
 
 
 def sample(logits, temperature, top_p, draws, size=256):
-    """Samples a token of each row of logits (N, V) at its temperature (N,), among the fewest likeliest tokens
-    that together hold `top_p`. draws: uniform in [0, 1), (N,). Returns (N,). Sorts the likeliest `size`
-    tokens, and more where they do not hold top_p: to sort all takes longer than the model."""
-    logits = logits / temperature.clamp(min=1e-6)[:, None]  # at 0 the likeliest token has probability 1
-    top, tokens = logits.topk(min(size, logits.shape[1]))  # (N, size), falling
-    probabilities = (top - logits.logsumexp(-1, keepdim=True)).exp()
+    """Samples tokens by logits (..., V) at temperature (...), each among the fewest likeliest tokens that
+    together hold `top_p`. draws: uniform in [0, 1), (...). Returns (...). Sorts the likeliest `size` tokens,
+    and more where they do not hold top_p: to sort all takes longer than the model."""
+    scaled = logits / temperature.clamp(min=1e-6)[..., None]  # at 0 the likeliest token has probability 1
+    top, tokens = scaled.topk(min(size, logits.shape[-1]))  # (..., size), falling
+    probabilities = (top - scaled.logsumexp(-1, keepdim=True)).exp()
     held = probabilities.cumsum(-1)
-    # in the order of ids: the order of probabilities changes with the rounding, from batch to batch
-    order = tokens.argsort(-1)
-    below = probabilities.where(held - probabilities < top_p, 0).gather(-1, order).cumsum(-1)
-    drawn = (below <= draws[:, None] * below[:, -1:]).sum(-1, keepdim=True)
-    chosen = tokens.gather(-1, order.gather(-1, drawn)).squeeze(-1)
-    wider = held[:, -1] < top_p
-    if size < logits.shape[1] and wider.any():
-        chosen[wider] = sample(logits[wider], torch.ones_like(draws[wider]), top_p, draws[wider], 16 * size)
-    return chosen
+    if size < logits.shape[-1] and held[..., -1].min() < top_p:
+        return sample(logits, temperature, top_p, draws, 16 * size)
+    kept = probabilities.where(held - probabilities < top_p, 0)
+    tokens, order = tokens.sort()  # the order of probabilities changes with the rounding, batch by batch
+    below = kept.gather(-1, order).cumsum(-1)
+    drawn = (below <= draws[..., None] * below[..., -1:]).sum(-1, keepdim=True)
+    return tokens.gather(-1, drawn).squeeze(-1)
 
 
-def draw(prompt, temperature, seed, number):
+def draw(prompt, temperature, number, seed):
     """Random numbers of an answer, uniform in [0, 1): by its prompt, its temperature and --seed."""
     digest = hashlib.sha256(repr((prompt, float(temperature), seed)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return torch.rand(number, generator=generator, dtype=torch.float64).tolist()
-
-
-def cut(ids, ends):
-    """(ids up to the first that is in `ends`, whether there is one)."""
-    stop = next((i for i, token in enumerate(ids) if token in ends), None)
-    return ids[:stop], stop is not None
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values in room made ahead. Transformers' own layer copies all of them a step."""
-
-    def update(self, keys, values, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.room = torch.stack([keys, values])[..., :0, :]  # (2, B, heads, tokens, D)
-        start = self.get_seq_length()
-        end = start + keys.shape[2]
-        if end > self.room.shape[3]:
-            self.room = pad(self.room, (0, 0, 0, end - start + 256))
-        self.room[..., start:end, :] = torch.stack([keys, values])
-        self.keys, self.values = self.room[..., :end, :]
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        self.room = self.room[:, indices]
-        self.keys, self.values = self.room[..., :self.get_seq_length(), :]
+    return torch.rand(number, generator=generator, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -187,17 +159,16 @@ def takes_mask(model, prompt, max_new_tokens):
     windows = [getattr(config, name, None) or length for name in ("sliding_window", "attention_chunk_size")]
     if min(windows) < length:  # the mask would bypass it
         return False
-    context = (prompt * length)[:max(1, length - 8)]
-    answer = context[-8:]
-    R = len(answer)
-    ids = torch.tensor([context + answer, context + answer[::-1]], device=model.device)
+    R = min(8, max_new_tokens)
+    *context, last = (prompt * length)[:length - R]
+    answer = (prompt * length)[length - R:length]
+    ids = torch.tensor([[*context, last, *answer], [*context, last, *answer[::-1]]], device=model.device)
     try:
         own = model(ids, logits_to_keep=R).logits  # (2, R, V)
-        cache, mask, position_ids = read_prompts_once(model, [context + answer[:1]], 2 * R)
+        cache, mask = read_prompts_once(model, [[*context, last, answer[0]]], 2 * R)
         segment = torch.ones(R, R, dtype=torch.bool, device=model.device).tril()
         mask = torch.cat([mask, torch.block_diag(segment, segment)[None, None]], -1)
-        position_ids = position_ids + torch.arange(R, device=model.device).repeat(2)
-        row = model(ids[:, -R:].reshape(1, -1), attention_mask=mask, position_ids=position_ids,
+        row = model(ids[:, -R:].reshape(1, -1), attention_mask=mask, position_ids=mask.sum(-1)[:, 0] - 1,
                     past_key_values=cache, use_cache=True).logits.view_as(own)
     except Exception:  # models break in many ways on a mask or a position they do not know
         return False
@@ -206,20 +177,22 @@ def takes_mask(model, prompt, max_new_tokens):
 
 
 @torch.no_grad()
-def generate_apart(model, prompts, temperatures, top_p, max_new_tokens, ends, seed):
-    """As `generate`, by Transformers' own, a temperature after the other. The text depends on the batch."""
+def generate_apart(model, prompts, temperatures, top_p, draws, ends):
+    """As `generate`, by Transformers' own loop: each answer reads the prompt anew."""
     width = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    results = []
-    for temperature in temperatures:
-        torch.manual_seed(int(draw(prompts[0], temperature, seed, 1)[0] * 2**53))
-        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-        config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
-                                  pad_token_id=min(ends), do_sample=temperature > 0, **sampling)
-        output = model.generate(input_ids, attention_mask=mask, generation_config=config)[:, width:]
-        results.append([cut(ids, ends) for ids in output.tolist()])
-    return [*zip(*results)]
+    answers = input_ids.new_full(draws.shape, -1)
+    for k, temperature in enumerate(temperatures):
+        def choose(ids, logits):  # a logits processor that leaves one token, a sampled one
+            tokens = sample(logits.float(), temperature, top_p, draws[:, k, ids.shape[1] - width])
+            return torch.full_like(logits, -math.inf).scatter(1, tokens[:, None], 0.0)
+
+        output = model.generate(input_ids, attention_mask=mask, logits_processor=[choose], do_sample=False,
+                                max_new_tokens=draws.shape[2], eos_token_id=sorted(ends),
+                                pad_token_id=min(ends))[:, width:]
+        answers[:, k, :output.shape[1]] = output
+    return answers
 
 
 def decode(tokenizer, prompt, prompt_ids, ids):
@@ -243,23 +216,19 @@ def decode(tokenizer, prompt, prompt_ids, ids):
 
 def read_prompts(args, tokenizer):
     """(rows, token ids) of the first --num_prompts prompts of --prompts, each prompt once."""
-    rows, prompts, seen = [], [], set()
+    found = {}  # {prompt: (its row, its token ids)}
     with open(args.prompts, "rb") as file:
-        for number, line in enumerate(tqdm(file, "tokenising", unit=" rows", disable=dist.get_rank() > 0), 1):
+        for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
                 (ids,), _ = encode(tokenizer, row["prompt"], [])
             except Exception as error:  # no JSON, no text, what a chat template refuses
                 fail(f"{args.prompts}, line {number}: {reason(error)}; write one JSON object a line, in "
                      "UTF-8, with prompt")
-            key = json.dumps(row["prompt"])
-            if key not in seen:
-                seen.add(key)
-                rows.append(row)
-                prompts.append(ids)
-            if len(rows) == args.num_prompts:
+            found.setdefault(json.dumps(row["prompt"]), (row, ids))
+            if len(found) == args.num_prompts:
                 break
-    return rows, prompts
+    return [row for row, _ in found.values()], [ids for _, ids in found.values()]
 
 
 def load_model(folder, device, dtype):
@@ -268,8 +237,7 @@ def load_model(folder, device, dtype):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
-                                                           output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
         assert all(weight.isfinite().all() for weight in model.parameters()), "its weights are not finite"
         assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer is too large"
@@ -445,7 +413,8 @@ def parse_args():
     flag("--model", default="out/drdo", help="the policy: a folder or a hub name")
     flag("--prompts", default="data/all/validation.jsonl", help="JSONL with `prompt`")
     flag("--num_prompts", type=int, default=0, help="take only the first N prompts; 0: all")
-    flag("--out", help="file to write; None: <model>/generations.jsonl")
+    flag("--out", help="file to write; None: <model>_generations.jsonl, beside the model's folder, or in out/ "
+         "for a model of the hub")
     flag("--generator", help="the policy's name in the output; None: --model")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--temperature", type=float, nargs="+", default=[0.2, 0.5, 0.7, 0.9], help="each; 0 is greedy")
@@ -460,10 +429,9 @@ def parse_args():
     check_flags(args, "temperature num_prompts")
     if args.top_p > 1:
         fail(f"--top_p {args.top_p}: it is a probability; give a number above 0, at most 1")
-    if not args.out and not os.path.isdir(args.model):
-        fail(f"--model {args.model} is no folder here; for a model of the hub give --out too")
-    args.out = args.out or f"{args.model}/generations.jsonl"
     args.generator = args.generator or args.model.rstrip("/")
+    folder = args.model.rstrip("/") if os.path.isdir(args.model) else f"out/{os.path.basename(args.model)}"
+    args.out = args.out or f"{folder}_generations.jsonl"
     if os.path.isdir(args.out):
         fail(f"--out {args.out} is a folder; name a file in it")
     if os.path.realpath(args.out) == os.path.realpath(args.prompts):

@@ -7,7 +7,7 @@ Out:  rewards.pt: a dict that torch.load(weights_only=True) reads. Tensors, floa
 
     deepspeed precompute_rewards.py                                                 # for align.py --loss drdo
     deepspeed precompute_rewards.py --oracle out/reward_model_{1,2,3} --out ensemble.pt      # for --loss edpo
-    deepspeed precompute_rewards.py --data out/drdo/generations.jsonl --out out/drdo/rewards.pt   # evaluate
+    deepspeed precompute_rewards.py --data out/drdo_generations.jsonl --out out/drdo_generations.pt
     deepspeed precompute_rewards.py --data pairs.jsonl --relabel labelled.jsonl         # pairs without labels
     deepspeed --num_gpus 2 precompute_rewards.py --oracle Skywork/Skywork-Reward-V2-Llama-3.2-1B
 
@@ -23,7 +23,6 @@ import math
 import os
 import sys
 import time
-from array import array
 
 import deepspeed
 import numpy as np
@@ -38,50 +37,51 @@ from losses import last_token_rewards
 def main():
     args = parse_args()
     device = init_process(args)
-
-    # ---- score the texts by one Oracle after the other
-    templates = []
-    scores = []  # of each Oracle, (texts + 1,); the last, number -1, is NaN: rows without this text
-    for folder in args.oracle:
-        tokenizer, model = load_oracle(folder, device, args.dtype)
-        templates.append(template_of(tokenizer))
-        texts, columns = read_texts(args.data, tokenizer)
-        sha256 = hash_of(args.data)  # now: the file may change while the scoring runs
-        if args.relabel and "chosen" not in columns:
-            fail(f"--relabel: {args.data} holds no pairs; give rows with chosen and rejected, in any order")
-        max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
-        fits = [i for i, text in enumerate(texts) if sum(map(len, text)) <= max_length]
-        if not fits:
-            fail(f"{args.data}: no row fits in --max_length {max_length}, or the model's positions; raise it")
-        rewards = torch.full((len(texts) + 1,), math.nan)
-        rewards[fits] = score(model, [texts[i] for i in fits], args.micro_batch_size, folder)
-        if not rewards[fits].isfinite().all():
-            fail(f"--oracle {folder}: its rewards are not finite; train it with a lower --learning_rate")
-        scores.append(rewards)
-    rewards = {key: torch.stack(scores)[:, numbers] for key, numbers in columns.items()}  # (K, N) each
+    sha256 = hash_of(args.data)  # now: the file may change while the scoring runs
+    scored = [score_file(folder, device, args) for folder in args.oracle]
+    rewards = {key: torch.stack([columns[key] for columns, _ in scored]) for key in scored[0][0]}  # (K, N)
 
     # ---- save and report
     if dist.get_rank() > 0:
         return
     if args.relabel:
-        relabel(args.data, rewards, args.relabel)
+        rewards = relabel(args.data, rewards, args.relabel)
         sha256 = hash_of(args.relabel)
     oracles = [folder.rstrip("/") for folder in args.oracle]
+    templates = [template for _, template in scored]
     torch.save(rewards | {"oracles": oracles, "data_sha256": sha256, "templates": templates},
                args.out + ".partial")
     os.replace(args.out + ".partial", args.out)
     pairs = "chosen" in rewards
     margins = rewards["chosen"] - rewards["rejected"] if pairs else rewards["response"]  # (K, N)
-    scored = margins.isfinite().all(0)  # (N,)
-    print(f"{args.out}: rewards of {len(scored)} rows by {len(oracles)} oracles; NaN for "
-          f"{int((~scored).sum())} rows over --max_length {args.max_length}, or the model's positions")
+    finite = margins.isfinite().all(0)  # (N,)
+    print(f"{args.out}: rewards of {len(finite)} rows by {len(oracles)} oracles; NaN for "
+          f"{int((~finite).sum())} rows over --max_length {args.max_length}, or the model's positions")
     for k, folder in enumerate(oracles):
         figures = [f"mean {key} reward {column[k].nanmean():.3f}" for key, column in rewards.items()]
         if pairs:
-            margin = margins[k, scored]
+            margin = margins[k, finite]
             figures = [f"chosen above rejected in {(margin > 0).float().mean():.3f} of pairs",
                        f"margin {margin.mean():.3f} (std {margin.std():.3f})"]
         print(f"  {folder}: {', '.join(figures)}")
+
+
+def score_file(folder, device, args):
+    """The rewards by one Oracle, {key: (N,)}, NaN where a text is too long or missing; and its template."""
+    tokenizer, model = load_oracle(folder, device, args.dtype)
+    texts, columns = read_texts(args.data, tokenizer)
+    if args.relabel and "chosen" not in columns:
+        fail(f"--relabel: {args.data} holds no pairs; give rows with chosen and rejected, in any order")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    max_length = min(args.max_length, positions or math.inf)
+    fits = [i for i, text in enumerate(texts) if sum(map(len, text)) <= max_length]
+    if not fits:
+        fail(f"{args.data}: no row fits in --max_length {max_length}, or the model's positions; raise it")
+    rewards = torch.full((len(texts) + 1,), math.nan)  # the last, number -1: rows without this text
+    rewards[fits] = score(model, [texts[i] for i in fits], args.micro_batch_size, folder)
+    if not rewards[fits].isfinite().all():
+        fail(f"--oracle {folder}: its rewards are not finite; train it with a lower --learning_rate")
+    return {key: rewards[numbers] for key, numbers in columns.items()}, template_of(tokenizer)
 
 
 @torch.no_grad()
@@ -138,17 +138,17 @@ def rewards_of(model, texts, rows):
 
 def takes_mask(model, texts, rows):
     """Whether each response in a row gets the reward that it gets alone: in the row with the longest text."""
-    length = lambda row: max(len(texts[i][0]) + len(texts[i][1]) for i in row)
-    row = max(rows, key=lambda row: (len(row) > 1, length(row)))
+    longest = lambda row: max(sum(map(len, texts[i])) for i in row)
+    row = max(rows, key=lambda row: (len(row) > 1, longest(row)))
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) or math.inf for name in ("sliding_window", "attention_chunk_size")]
-    if min(windows) < length(row):  # the mask would bypass it
+    if min(windows) < longest(row):  # the mask would bypass it
         return False
+    alone = torch.cat([rewards_of(model, texts, [[i]])[0] for i in row])  # (R,)
     try:
-        rewards = rewards_of(model, texts, [row])[0]  # (R,)
+        rewards = rewards_of(model, texts, [row])[0]
     except Exception:  # models break in many ways on a mask or a position they do not know
         return False
-    alone = torch.cat([rewards_of(model, texts, [[i]])[0] for i in row])
     bound = 0.05 if model.dtype == torch.bfloat16 else 0.001
     return bool((rewards - alone).norm() <= bound * alone.norm())
 
@@ -156,53 +156,59 @@ def takes_mask(model, texts, rows):
 def read_texts(path, tokenizer):
     """(texts, columns): (prompt, response) of each text, arrays of token ids, a text once; and {key: the
     number of each row's text, or -1 where it has none}. Keys: chosen, rejected; or response, reference."""
+    texts, columns = [], {}
     numbers = {}  # of the texts, by their hash
-    columns = {}
-    flat, ends = array("i"), []
     with open(path, "rb") as file:
-        for line_number, line in enumerate(tqdm(file, "tokenising", unit=" rows",
-                                                disable=dist.get_rank() > 0), 1):
+        bar = tqdm(file, "tokenising", unit=" rows", disable=dist.get_rank() > 0)
+        for line_number, line in enumerate(bar, 1):
             try:
                 row = json.loads(line)
                 if not columns:
                     generations = "response" in row and "chosen" not in row
                     keys = ["response", "reference"] if generations else ["chosen", "rejected"]
                     columns = {key: [] for key in keys}
-                for key in columns:
+                for key, column in columns.items():
                     if key == "reference" and not isinstance(row.get(key), str):
-                        columns[key].append(-1)
+                        column.append(-1)
                         continue
-                    digest = hashlib.sha256(json.dumps([row["prompt"], row[key]]).encode()).digest()
+                    ids, _ = encode(tokenizer, row["prompt"], [row[key]])
+                    text = [np.array(part, np.int32) for part in ids]
+                    digest = hashlib.sha256(np.concatenate(text)).digest()
                     if digest not in numbers:
-                        numbers[digest] = len(numbers)
-                        for ids in encode(tokenizer, row["prompt"], [row[key]])[0]:
-                            flat.extend(ids)
-                            ends.append(len(flat))
-                    columns[key].append(numbers[digest])
+                        numbers[digest] = len(texts)
+                        texts.append(text)
+                    column.append(numbers[digest])
             except Exception as error:  # no JSON, no text, what a chat template refuses
                 fail(f"{path}, line {line_number}: {reason(error)}; write one JSON object a line, in UTF-8, "
                      "with prompt, chosen and rejected, or with prompt and response")
     if not columns:
         fail(f"{path}: it has 0 rows; give pairs or generations")
-    ids = np.split(np.frombuffer(flat, np.int32), ends[:-1])
-    texts = list(zip(ids[::2], ids[1::2]))
     return texts, {key: column for key, column in columns.items() if max(column) >= 0}
 
 
 def relabel(data, rewards, path):
-    """Writes the pairs to `path`, the response with the higher mean reward as `chosen`. Swaps rewards too."""
-    chosen, rejected = rewards["chosen"], rewards["rejected"]
-    swapped = rejected.mean(0) > chosen.mean(0)  # (N,); NaN: not swapped
+    """Writes the pairs to `path`, the response with the higher mean reward as `chosen`. Returns the rewards
+    of the pairs that it wrote. It leaves out those without two rewards, and those with equal ones."""
+    margins = (rewards["chosen"] - rewards["rejected"]).mean(0)  # (N,); NaN: too long for an Oracle
     with open(data, "rb") as lines, open(path + ".partial", "w", encoding="utf-8", errors="replace") as file:
-        for line, swap in zip(lines, swapped.tolist()):
+        for line, margin in zip(lines, margins.tolist()):
             row = json.loads(line)
-            if swap:
-                row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if margin < 0:
+                row.pop("confidence", None)  # in the order that the file had
+                for key in [key for key in row if "chosen" in key]:
+                    other = key.replace("chosen", "rejected")
+                    if other in row:  # chosen_rating, score_chosen, ...
+                        row[key], row[other] = row[other], row[key]
+            if abs(margin) > 0:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(path + ".partial", path)
-    rewards["chosen"] = torch.where(swapped, rejected, chosen)
-    rewards["rejected"] = torch.where(swapped, chosen, rejected)
-    print(f"{path}: {len(swapped)} pairs, the two responses of {int(swapped.sum())} swapped")
+    kept = margins.abs() > 0
+    swapped = margins[kept] < 0
+    print(f"{path}: {len(swapped)} pairs, the two responses of {int(swapped.sum())} swapped; "
+          f"{int((~kept).sum())} left out: without two rewards, or with equal ones")
+    chosen, rejected = rewards["chosen"][:, kept], rewards["rejected"][:, kept]
+    return {"chosen": torch.where(swapped, rejected, chosen),
+            "rejected": torch.where(swapped, chosen, rejected)}
 
 
 def collate(rows, device):
@@ -248,7 +254,7 @@ def load_oracle(folder, device, dtype):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            folder, num_labels=1, dtype=dtype, output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
         assert hasattr(model, "score"), "it has no linear head score.weight"
         assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer is too large"
@@ -425,7 +431,7 @@ def parse_args():
     flag("--data", default="data/all/train.jsonl", help="JSONL to score")
     flag("--out", default="rewards.pt", help="file to write")
     flag("--relabel", metavar="FILE", help="write the pairs here again, the response with the higher mean "
-         "reward as `chosen`; --out then belongs to this file, and align.py takes both")
+         "reward as `chosen`, less those it cannot order; --out then belongs to this file, for align.py")
     flag("--max_length", type=int, default=1024, help="a prompt + response with more tokens gets NaN")
     flag("--micro_batch_size", type=int, default=32, help="responses per forward pass, on one process")
     flag("--dtype", choices=["auto", "bf16", "fp32"], default="fp32",

@@ -106,7 +106,7 @@ CASES = {
         f"{DRDO} --oracle_rewards equal.pt --standardise_oracle", {}, "equal.pt have no spread; omit it"),
     # models
     "no model": (f"{DPO} --model nowhere", {}, "--model nowhere: ...; give the folder or the hub name"),
-    "no model to answer": ("generate.py --model a/model", {}, "--model a/model is no folder ... give --out"),
+    "no model to answer": ("generate.py --model a/model", {}, "--model a/model: ...; give the folder or the"),
     "a policy for an Oracle": (f"{SCORE} --oracle out/sft", {}, "--oracle out/sft: its weights lack score"),
     "an encoder-decoder": (DPO, {CONFIG: b'{"model_type": "t5"}'}, "--model out/sft: ...; give ...causal LM"),
     "no EOS": (DPO, {TOKENIZER: entries(eos_token=None)}, "--model out/sft: its tokenizer has no EOS token"),

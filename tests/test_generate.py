@@ -1,4 +1,5 @@
 """generate.py by its output: a policy that draws each token from a distribution that is known."""
+import sys
 from collections import Counter
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from conftest import call, read_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import generate
 import toy
 
 # The next token, whatever the policy has read. With top-p 0.8 the first three are left at temperature 1, the
@@ -38,7 +40,7 @@ def write_policy(folder, **decoding):
 
 def generations(folder, *flags):
     call("generate.py", "--model", folder, "--prompts", folder / "prompts.jsonl", *flags)
-    return read_jsonl(folder / "generations.jsonl")
+    return read_jsonl(f"{folder}_generations.jsonl")
 
 
 def test_sampling_is_top_p_at_each_temperature(tmp_path):
@@ -47,7 +49,7 @@ def test_sampling_is_top_p_at_each_temperature(tmp_path):
     toy.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     flags = ["--temperature", 1, 0.5, "--max_new_tokens", 40, "--micro_batch_size", 8]
     rows = generations(tmp_path, *flags)
-    expected = [(prompt, temperature) for prompt in PROMPTS for temperature in (0.5, 1.0)]
+    expected = [(prompt, temperature) for prompt in PROMPTS for temperature in (1.0, 0.5)]
     assert [(row["prompt"], row["temperature"]) for row in rows] == expected
     for temperature, shares in SHARES.items():
         responses = [row["response"] for row in rows if row["temperature"] == temperature]
@@ -89,6 +91,17 @@ def test_the_first_prompts_once_each(tmp_path, num_prompts, taken):
     assert [(row["prompt"], row["id"]) for row in rows] == [(PROMPTS[i], i) for i in range(taken)]
     own = {"response", "temperature", "generator", "tokens", "eos"}
     assert all(row.keys() == {"prompt", "id"} | own and row["generator"] == str(tmp_path) for row in rows)
+
+
+def test_answers_lie_beside_the_model(tmp_path, monkeypatch):
+    """In out/ if its name is of the hub. A folder that people upload holds the model alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "out/drdo").mkdir(parents=True)
+    for model, out in ("base/", "base"), ("out/drdo", "out/drdo"), ("org/Name", "out/Name"):
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--model", model])
+        args = generate.parse_args()
+        assert (args.out, args.generator) == (f"{out}_generations.jsonl", model.rstrip("/"))
 
 
 def test_prompts_leave_room_for_their_response(tmp_path):

@@ -130,24 +130,28 @@ def test_references_are_scored_and_a_text_under_another_prompt_is_another(lab, t
 
 
 def test_an_ensemble_orders_pairs_without_labels(lab, tmp_path, capsys):
-    """The response with the higher mean reward becomes `chosen`. align.py takes both files."""
+    """The response with the higher mean reward becomes `chosen`. Pairs that are too long, and those of one text
+    twice, leave. align.py takes both files."""
     known = load_rewards(lab / "ensemble.pt")
     margins = known["chosen"] - known["rejected"]
     swapped = margins.mean(0) < 0
-    scored = margins.isfinite().all(0)
+    scored = margins.isfinite().all(0) & (margins.mean(0) != 0)
     assert swapped.sum() >= 2 and (swapped != (margins[0] < 0))[scored].any()
     call("precompute_rewards.py", *ensemble_flags(lab), "--relabel", tmp_path / "labelled.jsonl",
          "--out", tmp_path / "rewards.pt")
     printed = capsys.readouterr().out
     saved = load_rewards(tmp_path / "rewards.pt")
     for key, other in ("chosen", "rejected"), ("rejected", "chosen"):
-        expected = torch.where(swapped, known[other], known[key])
-        torch.testing.assert_close(saved[key], expected, rtol=1e-5, atol=1e-6, equal_nan=True)
-    for row, before, swap in zip(
-            read_jsonl(tmp_path / "labelled.jsonl"), read_jsonl(lab / "train.jsonl"), swapped, strict=True):
+        expected = torch.where(swapped, known[other], known[key])[:, scored]
+        torch.testing.assert_close(saved[key], expected, rtol=1e-5, atol=1e-6)
+    expected = []
+    for row, swap, fits in zip(read_jsonl(lab / "train.jsonl"), swapped, scored, strict=True):
         if swap:
-            before |= {"chosen": before["rejected"], "rejected": before["chosen"]}
-        assert row == before
+            row |= {"chosen": row["rejected"], "rejected": row["chosen"],
+                    "chosen_reward": row["rejected_reward"], "rejected_reward": row["chosen_reward"]}
+            del row["confidence"]
+        expected += [row] * fits
+    assert read_jsonl(tmp_path / "labelled.jsonl") == expected
     for margin in torch.where(swapped, -margins, margins)[:, scored]:
         assert f"chosen above rejected in {(margin > 0).float().mean():.3f} of pairs, margin " \
                f"{margin.mean():.3f} (std {margin.std():.3f})" in printed

@@ -8,9 +8,10 @@ import torch
 from conftest import call, read_jsonl
 from test_chat import byte_level, small_model
 from test_layout import random_lm
-from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig,
-                          LogitsProcessorList, MambaConfig, OPTConfig, Phi3Config, Qwen2Config,
-                          TemperatureLogitsWarper, TopPLogitsWarper)
+from transformers import (AutoModelForCausalLM, BloomConfig, Gemma2Config, Gemma3TextConfig, GPTJConfig,
+                          GPTNeoXConfig, GptOssConfig, LlamaConfig, LogitsProcessorList, MambaConfig,
+                          MptConfig, OPTConfig, Phi3Config, Qwen2Config, RwkvConfig, TemperatureLogitsWarper,
+                          TopPLogitsWarper)
 
 import generate
 import toy
@@ -42,8 +43,17 @@ def model(request):
 
 
 def run(model, prompts=prompts(), temperatures=(0.0, 0.7, 1.5), top_p=0.9, max_new_tokens=24, ends=ENDS,
-        seed=0):
-    return generate.generate(model, prompts, list(temperatures), top_p, max_new_tokens, ends, seed)
+        seed=0, by=generate.generate):
+    """Of each prompt's answers: (ids up to its end, whether it came to one)."""
+    draws = torch.stack([torch.stack([generate.draw(ids, temperature, max_new_tokens, seed)
+                                      for temperature in temperatures]) for ids in prompts])
+    tokens = by(model, prompts, torch.tensor(temperatures), top_p, draws, ends)
+    return [[cut(ids, ends) for ids in row] for row in tokens.tolist()]
+
+
+def cut(ids, ends=ENDS):
+    stop = next((i for i, token in enumerate(ids) if token in ends), None)
+    return ids[:stop], stop is not None
 
 
 def test_greedy_text_is_that_of_transformers(model):
@@ -52,13 +62,10 @@ def test_greedy_text_is_that_of_transformers(model):
     for ids in prompts():
         output = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)),
                                 max_new_tokens=24, do_sample=False)[0, len(ids):].tolist()
-        stop = next((i for i, token in enumerate(output) if token in ENDS), None)
-        expected.append((output[:stop], stop is not None))
+        expected.append(cut(output))
     for temperatures in [0.0], [0.7, 0.0, 1.5]:
         answers = run(model, temperatures=temperatures)
         assert [row[temperatures.index(0.0)] for row in answers] == expected
-    apart = generate.generate_apart(model, prompts(), [0.0], 0.9, 24, ENDS, 0)
-    assert apart == [(answer,) for answer in expected]
 
 
 def test_a_text_depends_on_prompt_temperature_and_seed_alone(model):
@@ -71,6 +78,7 @@ def test_a_text_depends_on_prompt_temperature_and_seed_alone(model):
     other = run(model, seed=1)
     assert [row[0] for row in other] == [row[0] for row in whole]
     assert all(one[2] != another[2] for one, another in zip(whole, other))
+    assert run(model, by=generate.generate_apart) == whole
     shorter = run(model, max_new_tokens=10)
     for row, longer in zip(shorter, whole):
         assert row == [(ids[:10], ended and len(ids) < 10) for ids, ended in longer]
@@ -127,10 +135,10 @@ def test_draws_are_fixed_for_ever():
     """By the SHA-256 of prompt, temperature and seed, and by torch's Mersenne twister."""
     digest = hashlib.sha256(b"([1, 2], 0.7, 3)").digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    expected = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-    assert generate.draw([1, 2], 0.7, 3, 5) == expected
-    for other in ([1, 3], 0.7, 3), ([1, 2], 0.8, 3), ([1, 2], 0.7, 4):
-        assert generate.draw(*other, 5) != expected
+    expected = torch.rand(5, generator=generator, dtype=torch.float64)
+    assert torch.equal(generate.draw([1, 2], 0.7, 5, 3), expected)
+    for prompt, temperature, seed in ([1, 3], 0.7, 3), ([1, 2], 0.8, 3), ([1, 2], 0.7, 4):
+        assert (generate.draw(prompt, temperature, 5, seed) != expected).all()
 
 
 def test_at_least_one_token_and_a_draw_near_1():
@@ -169,17 +177,24 @@ def test_a_model_without_attention_does_not_take_it():
     assert not generate.takes_mask(AutoModelForCausalLM.from_config(config).eval(), prompts()[2], 24)
 
 
-def test_answers_of_such_a_model_are_written_all_the_same(tmp_path, capsys):
-    """By Transformers' own generate; the text at temperature 0 is that of the model's own argmax."""
+@pytest.mark.parametrize("config, shape", [
+    (Phi3Config, {"sliding_window": 16}), (Gemma2Config, {"head_dim": 8}), (BloomConfig, {}),
+    (MptConfig, {"d_model": 32, "n_heads": 4, "n_layers": 2}), (GPTJConfig, {"rotary_dim": 4}),
+    (GptOssConfig, {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}), (MambaConfig, {}),
+    (RwkvConfig, {"attention_hidden_size": 32})])
+def test_answers_of_such_a_model_are_written_all_the_same(tmp_path, capsys, config, shape):
+    """By Transformers' own generate. Phi-3 slides a window, others have no SDPA, the last two are recurrent:
+    padding would change their state. The text at temperature 0 is that of the model's own argmax."""
     tokenizer = byte_level()
-    model = small_model(tmp_path, tokenizer, Phi3Config, sliding_window=16)
-    toy.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Who wrote Hamlet?"}, {"prompt": "Why?"}])
+    model = small_model(tmp_path, tokenizer, config, **shape)
+    prompts = ["Who wrote Hamlet?", "Why?", "And then?"]
+    toy.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     call("generate.py", "--model", tmp_path, "--prompts", tmp_path / "prompts.jsonl", "--temperature", 0, 1,
          "--max_new_tokens", 12)
     assert "does not take the mask" in capsys.readouterr().out
-    rows = read_jsonl(tmp_path / "generations.jsonl")
+    rows = read_jsonl(f"{tmp_path}_generations.jsonl")
     assert [(row["prompt"], row["temperature"]) for row in rows] == [
-        (prompt, temperature) for prompt in ("Who wrote Hamlet?", "Why?") for temperature in (0, 1)]
+        (prompt, temperature) for prompt in prompts for temperature in (0, 1)]
     for row in rows[::2]:
         ids = tokenizer(tokenizer.bos_token + row["prompt"]).input_ids
         for _ in range(row["tokens"] + row["eos"]):

@@ -4,9 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import call, read_jsonl, run
 from test_chat import byte_level, small_model
 from test_layout import models, own_reward  # noqa: F401 (a fixture)
+from transformers import BloomConfig, Gemma2Config, GPTJConfig, GptOssConfig, MptConfig
 
 import precompute_rewards
 import toy
@@ -98,3 +99,44 @@ def test_too_long_texts_get_nan_and_equal_texts_one_reward(tmp_path):
     assert saved["response"][0].tolist() == pytest.approx(expected, abs=1e-5, nan_ok=True)
     assert saved["response"][0, 0] == saved["response"][0, 6] == saved["reference"][0, 4]
     assert saved["reference"][0, 5] == pytest.approx(own(prompts[1], "A long time ago."), abs=1e-5)
+
+
+@pytest.mark.parametrize("config, shape", [
+    (Gemma2Config, {"head_dim": 8}), (BloomConfig, {}), (MptConfig, {"d_model": 32, "n_heads": 4}),
+    (GPTJConfig, {"rotary_dim": 4}), (GptOssConfig, {"head_dim": 8, "num_local_experts": 4})])
+def test_models_without_sdpa_are_scored_too(tmp_path, config, shape, capsys):
+    """A text a row, as they ignore the mask or read it otherwise."""
+    tokenizer = byte_level()
+    classifier = small_model(tmp_path / "rm", tokenizer, config, classifier=True, **shape)
+    rows = [{"prompt": "What is it?", "chosen": "A rat.", "rejected": "It is a cat."},
+            {"prompt": "Why?", "chosen": "No idea.", "rejected": "So."}]
+    toy.write_jsonl(tmp_path / "rows.jsonl", rows)
+    call("precompute_rewards.py", "--oracle", tmp_path / "rm", "--data", tmp_path / "rows.jsonl", "--out",
+         tmp_path / "rewards.pt")
+    assert "does not take the mask" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "rewards.pt", weights_only=True)
+    for key in ("chosen", "rejected"):
+        for row, reward in zip(rows, saved[key][0]):
+            text = f"{tokenizer.bos_token}{row['prompt']}{row[key]}{tokenizer.eos_token}"
+            own = classifier(tokenizer(text, return_tensors="pt").input_ids).logits.item()
+            assert reward.item() == pytest.approx(own, abs=1e-5)
+
+
+def test_relabel_writes_the_pairs_that_it_can_order(tmp_path, capsys):
+    """The mean of two Oracles orders a pair. What belongs to the order that it had is swapped, or leaves."""
+    def pair(chosen, rejected, first, second, **more):
+        return {"prompt": "a", "chosen": chosen, "rejected": rejected, "chosen_rating": first,
+                "rejected_rating": second, "score_chosen": first, "edit_distance": 0.5, **more}
+
+    rows = [pair("b", "c", 1, 2, confidence=3), pair("d", "e", 3, 4, confidence=5),
+            pair("f", "g", 5, 6, confidence=7), pair("h", "i", 7, 8), pair("j", "k", 9, 10)]
+    toy.write_jsonl(tmp_path / "pairs.jsonl", rows)
+    nan = math.nan
+    rewards = {"chosen": torch.tensor([[1.0, 4.0, nan, 2.0, 0.0], [1.0, 1.0, 0.0, 2.0, 5.0]]),
+               "rejected": torch.tensor([[0.0, 3.0, 5.0, 3.0, 1.0], [3.0, 1.5, 5.0, 1.0, 0.0]])}
+    kept = precompute_rewards.relabel(tmp_path / "pairs.jsonl", rewards, str(tmp_path / "labelled.jsonl"))
+    swapped = pair("c", "b", 2, 1) | {"score_chosen": 1}  # (1 + 1) / 2 is below (0 + 3) / 2
+    assert read_jsonl(tmp_path / "labelled.jsonl") == [swapped, rows[1], rows[4]]
+    assert kept["chosen"].tolist() == [[0, 4, 0], [3, 1, 5]]
+    assert kept["rejected"].tolist() == [[1, 3, 1], [1, 1.5, 0]]
+    assert "3 pairs, the two responses of 1 swapped; 2 left out" in capsys.readouterr().out

@@ -68,7 +68,7 @@ answer drdo_head "DRDO (head)"; settle
 answer drdo_logps "DRDO (logps)"
 answer dpo "DPO"; settle
 answer edpo "e-DPO"; settle
-cat "$out"/{sft,drdo_head,drdo_logps,dpo,edpo}/generations.jsonl > "$out/generations.jsonl"
+cat "$out"/{sft,drdo_head,drdo_logps,dpo,edpo}_generations.jsonl > "$out/generations.jsonl"
 score generations generations.jsonl "$out/oracle"; settle
 stage curves python evaluate.py --curves "$out"/{drdo_head,drdo_logps,dpo,edpo} --out "$out/curves"
 against="--generations $out/generations.jsonl --against SFT reference --group_by dataset"
