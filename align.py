@@ -1,7 +1,7 @@
 """Aligns an SFT policy to preferences, offline: DRDO (arXiv 2410.08458), DPO, e-DPO or IPO.
 
 In:   out/sft; data/all/{train,validation}.jsonl (prompt, chosen, rejected); for drdo and edpo rewards.pt
-Out:  out/<loss>/: model, tokenizer, args.json, log.jsonl; score.safetensors (DRDO's reward head);
+Out:  out/<loss>/: model, tokenizer, args.json, log.jsonl, README.md; score.safetensors (DRDO's reward head);
       checkpoint/ while it runs; step<k>/, policies on the way, with --keep_steps
 
     deepspeed align.py --loss drdo --oracle_rewards rewards.pt
@@ -51,8 +51,9 @@ from losses import (drdo_loss, dpo_loss, edpo_loss, ipo_loss, last_token_rewards
 
 def loss_and_metrics(args, logps, head_rewards, reference, oracle_rewards, response_tokens):
     """The loss of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l rejected.
-    To add a loss: write it in losses.py, import it, name it in --loss and give it a branch here. If it reads
-    the Oracle's rewards, it joins ("drdo", "edpo") in load_split and parse_args.
+    To add a loss: write it in losses.py, import it, name it in --loss and give it a branch here. One without
+    a reference joins has_reference in main and sets rewards_w and rewards_l. One that reads the Oracle's
+    rewards joins ("drdo", "edpo") in load_split and parse_args.
 
     logps: log pi(y|x) of (w, l), (B, 2), summed over tokens. head_rewards: the reward head's, (B, 2), or NaN.
     reference: log pi(y|x) of the reference, (B, 2). oracle_rewards: of K Oracles, (K, B, 2).
@@ -70,16 +71,17 @@ def loss_and_metrics(args, logps, head_rewards, reference, oracle_rewards, respo
             rewards_w, rewards_l = head_rewards.unbind(1)
         elif args.student_rewards == "logps":
             rewards_w, rewards_l = (args.beta * logps).unbind(1)
-        margin = logps_w - logps_l  # p_w = sigma(margin); many nats, so p_w is near 0 or 1: see losses.py
-        if args.p_w == "mean":
-            margin = logps_w / response_tokens[:, 0] - logps_l / response_tokens[:, 1]
+        # p_w = sigma(preference_logits); of sums it is near 0 or 1: see losses.py
+        scores = logps / response_tokens if args.p_w == "mean" else logps
+        preference_logits = scores[:, 0] - scores[:, 1]
         if args.detach_focal:
-            margin = margin.detach()
+            preference_logits = preference_logits.detach()
         # Eq. 6
         loss, distillation, contrastive = drdo_loss(logps_w, logps_l, rewards_w, rewards_l,
-                                                    oracle_w, oracle_l, args.alpha, args.gamma, margin)
+                                                    oracle_w, oracle_l, args.alpha, args.gamma,
+                                                    preference_logits)
         metrics = {"loss/distillation": distillation, "loss/contrastive": contrastive,
-                   "p_w": margin.sigmoid(), "oracle/margins": oracle_w - oracle_l}
+                   "p_w": preference_logits.sigmoid(), "oracle/margins": oracle_w - oracle_l}
     elif args.loss == "dpo":
         loss = dpo_loss(logps_w, logps_l, ref_w, ref_l, args.beta, args.label_smoothing)
     elif args.loss == "rdpo":
@@ -130,7 +132,7 @@ def collate(rows, device):
     Returns integer tensors: input_ids, position_ids, segments (0: prompt, k: the k-th response, -1: padding),
     (B, T) each; ends, the positions of each response's last token, EOS, where rewards are read, (B, R).
     """
-    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # a copy a response, less the prompt's own
+    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # of `last` a copy a response
     width += -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
     input_ids = np.zeros((len(rows), width), int)
     position_ids = np.zeros((len(rows), width), int)
@@ -173,11 +175,11 @@ def main():
     if args.standardise_oracle:
         std = (oracle_rewards[..., 0] - oracle_rewards[..., 1]).mean(0).std()
         if not std > 0:  # or NaN
-            fail(f"--standardise_oracle: the differences in {args.oracle_rewards} have no spread; omit it")
+            fail("--standardise_oracle: Oracle differences have no spread, or --loss reads none; omit it")
         oracle_rewards, eval_oracle_rewards = oracle_rewards / std, eval_oracle_rewards / std
     row_tokens = pairs.lengths.sum(1)  # (N,)
     response_tokens = torch.tensor(pairs.lengths[:, 1:])  # (N, 2)
-    steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the pairs of each step, by the seed alone
+    steps = plan_steps(row_tokens, args)  # (max_steps, batch_size): the pairs of each step, by the seed
 
     # ---- the reward head, the engine
     head = None
@@ -191,15 +193,6 @@ def main():
     engine = make_engine(model, args)  # AdamW, under ZeRO by --deepspeed_config
     state = start_run(engine, args, pairs, eval_pairs)  # step 0; with --resume that of the last checkpoint
 
-    # ---- the reference: the policy's own log pi(y|x) before step 1, (N, 2), kept in the checkpoint. DRDO
-    # needs none, except with log_ratio: it fits the Oracle's differences and has no ratio pi / pi_ref
-    if not args.resume:
-        has_reference = args.loss != "drdo" or args.student_rewards == "log_ratio"
-        of_this_run = np.unique(steps) if has_reference else []
-        state["reference"], _ = score_all(model, pairs, of_this_run, args, "reference")
-        of_eval = range(len(eval_pairs)) if has_reference else []
-        state["eval_reference"], _ = score_all(model, eval_pairs, of_eval, args, "reference")
-
     def evaluate(step):
         if eval_pairs:
             logps, rewards = score_all(model, eval_pairs, range(len(eval_pairs)), args, "evaluating")
@@ -207,8 +200,16 @@ def main():
                                           torch.tensor(eval_pairs.lengths[:, 1:]))
             log(args, step, [metrics], prefix="eval_")
 
+    # ---- the reference: the policy's own log pi(y|x) before step 1, (N, 2); each checkpoint holds it. DRDO
+    # needs none, except with log_ratio: it fits the Oracle's differences and has no ratio pi / pi_ref
     if not args.resume:
+        has_reference = args.loss != "drdo" or args.student_rewards == "log_ratio"
+        of_this_run = np.unique(steps) if has_reference else []
+        state["reference"], _ = score_all(model, pairs, of_this_run, args, "reference")
+        of_eval = range(len(eval_pairs)) if has_reference else []
+        state["eval_reference"], _ = score_all(model, eval_pairs, of_eval, args, "reference")
         evaluate(0)
+
     window = []  # metrics since the last line of the log
     tokens = 0
     start = time.time()
@@ -230,6 +231,7 @@ def main():
         evaluates = step % args.eval_steps == 0 or step == args.max_steps
         saves = args.save_steps and step % args.save_steps == 0
         if evaluates or saves or step == 1 or step % args.log_steps == 0:
+            # of the step's weights before its update; evaluate's figures are of those after it
             log(args, step, window, epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
                 grad_norm=grad_norm, tokens_per_second=tokens / (time.time() - start))
             if evaluates:
@@ -311,7 +313,7 @@ def load_split(path, rewards_path, tokenizer, lm, args, limit=0):
     return pairs, oracle_rewards[:, scored]
 
 
-# ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
+# ---- plumbing: from here to the flags the stages share it to the letter (tests/test_copies.py) -------------
 
 class Rows:
     """Token ids of the lines of a JSONL file that fit in max_length and the model, in one flat int32 array.
@@ -386,7 +388,8 @@ def encode(tokenizer, prompt, responses, end=None):
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
         lead = chat[:chat.rindex("4.")].rstrip()
         assert all(text.startswith(lead) for text in chats), "the chat template writes its thought otherwise"
-        # the prompt is what conversations with two responses begin with, the tail what they end with
+        # "4." and "I" begin and end unlike each other: their conversations share the prompt in front, and the
+        # tail behind
         one, other, *wholes = render(tokenizer, prompt, ["4.", "I", *responses])
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]

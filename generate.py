@@ -28,6 +28,7 @@ import math
 import os
 import sys
 import time
+from difflib import get_close_matches
 
 import deepspeed
 import torch
@@ -252,7 +253,7 @@ def load_model(folder, device, dtype):
     return tokenizer, model.to(device).eval(), ends
 
 
-# ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
+# ---- plumbing: from here to the flags the stages share it to the letter (tests/test_copies.py) -------------
 
 def encode(tokenizer, prompt, responses, end=None):
     """Token ids [prompt, *responses]; and whether prompt and responses are tokenised apart, because one token
@@ -276,7 +277,8 @@ def encode(tokenizer, prompt, responses, end=None):
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
         lead = chat[:chat.rindex("4.")].rstrip()
         assert all(text.startswith(lead) for text in chats), "the chat template writes its thought otherwise"
-        # the prompt is what conversations with two responses begin with, the tail what they end with
+        # "4." and "I" begin and end unlike each other: their conversations share the prompt in front, and the
+        # tail behind
         one, other, *wholes = render(tokenizer, prompt, ["4.", "I", *responses])
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
@@ -395,6 +397,17 @@ def reason(error):
     return text.split(". ")[0].rstrip(".") or type(error).__name__
 
 
+class Parser(argparse.ArgumentParser):
+    """A wrong flag ends the program in one line, which names the nearest right one."""
+
+    def error(self, message):
+        _, unknown, flags = message.partition("unrecognized arguments: ")
+        if unknown:
+            ours = [word.strip("[]") for word in self.format_usage().split() if "--" in word]
+            message += f"; the nearest flag is {get_close_matches(flags.split()[0], ours, 1, 0)[0]}"
+        fail(f"{message}; {self.prog} --help lists all flags")
+
+
 def check_flags(args, may_be_zero):
     """Fails where a number is not above 0 and finite. Flags named in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
@@ -408,13 +421,13 @@ def check_flags(args, may_be_zero):
 
 def parse_args():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
+    parser = Parser(description=__doc__, formatter_class=type("Help", formatters, {}))
     flag = parser.add_argument_group("data and model").add_argument
     flag("--model", default="out/drdo", help="the policy: a folder or a hub name")
     flag("--prompts", default="data/all/validation.jsonl", help="JSONL with `prompt`")
     flag("--num_prompts", type=int, default=0, help="take only the first N prompts; 0: all")
-    flag("--out", help="file to write; None: <model>_generations.jsonl, beside the model's folder, or in out/ "
-         "for a model of the hub")
+    flag("--out", help="file to write; None: <model>_generations.jsonl, beside the model's folder; for a "
+         "model of the hub in out/")
     flag("--generator", help="the policy's name in the output; None: --model")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--temperature", type=float, nargs="+", default=[0.2, 0.5, 0.7, 0.9], help="each; 0 is greedy")

@@ -1,8 +1,8 @@
 """Trains the Oracle: a causal LM with a reward head beside its LM head, by Eq. 5 of DRDO (arXiv 2410.08458).
 
 In:   a causal LM; data/all/train.jsonl (prompt, chosen, rejected)
-Out:  out/oracle/: model (the head inside, as score.weight), tokenizer, args.json, log.jsonl; checkpoint/
-      while it runs
+Out:  out/oracle/: model (the head inside, as score.weight), tokenizer, args.json, log.jsonl, README.md;
+      checkpoint/ while it runs
 
     deepspeed oracle.py                                              # the Oracle: alpha 0.01
     deepspeed oracle.py --resume                                     # goes on from the last checkpoint
@@ -102,7 +102,7 @@ def collate(rows, device):
     Returns integer tensors: input_ids, position_ids, segments (0: prompt, k: the k-th response, -1: padding),
     (B, T) each; ends, the positions of each response's last token, EOS, where rewards are read, (B, R).
     """
-    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # a copy a response, less the prompt's own
+    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # of `last` a copy a response
     width += -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
     input_ids = np.zeros((len(rows), width), int)
     position_ids = np.zeros((len(rows), width), int)
@@ -216,7 +216,7 @@ def set_pad_token(tokenizer, lm):
     lm.config.pad_token_id = tokenizer.pad_token_id
 
 
-# ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
+# ---- plumbing: from here to the flags the stages share it to the letter (tests/test_copies.py) -------------
 
 @torch.no_grad()
 def score_all(model, pairs, numbers, args, description):
@@ -324,7 +324,8 @@ def encode(tokenizer, prompt, responses, end=None):
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
         lead = chat[:chat.rindex("4.")].rstrip()
         assert all(text.startswith(lead) for text in chats), "the chat template writes its thought otherwise"
-        # the prompt is what conversations with two responses begin with, the tail what they end with
+        # "4." and "I" begin and end unlike each other: their conversations share the prompt in front, and the
+        # tail behind
         one, other, *wholes = render(tokenizer, prompt, ["4.", "I", *responses])
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]

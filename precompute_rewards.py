@@ -23,6 +23,7 @@ import math
 import os
 import sys
 import time
+from difflib import get_close_matches
 
 import deepspeed
 import numpy as np
@@ -219,7 +220,7 @@ def collate(rows, device):
     Returns integer tensors: input_ids, position_ids, segments (0: prompt, k: the k-th response, -1: padding),
     (B, T) each; ends, the positions of each response's last token, EOS, where rewards are read, (B, R).
     """
-    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # a copy a response, less the prompt's own
+    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # of `last` a copy a response
     width += -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
     input_ids = np.zeros((len(rows), width), int)
     position_ids = np.zeros((len(rows), width), int)
@@ -240,7 +241,7 @@ def collate(rows, device):
 
 
 def pair_mask(segments):
-    """Attention mask (B, 1, T, T), True where the query (row) sees the key (column). Causal. A response sees
+    """Attention mask (B, 1, T, T), True where the query (dim 2) sees the key (dim 3). Causal. A response sees
     the prompt and itself. Padding sees the prompt and padding: a query that sees nothing would give NaN."""
     query = segments[:, :, None]
     key = segments[:, None, :]
@@ -264,7 +265,7 @@ def load_oracle(folder, device, dtype):
     return tokenizer, model.to(device).eval()
 
 
-# ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
+# ---- plumbing: from here to the flags the stages share it to the letter (tests/test_copies.py) -------------
 
 def hash_of(path):
     with open(path, "rb") as file:
@@ -293,7 +294,8 @@ def encode(tokenizer, prompt, responses, end=None):
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
         lead = chat[:chat.rindex("4.")].rstrip()
         assert all(text.startswith(lead) for text in chats), "the chat template writes its thought otherwise"
-        # the prompt is what conversations with two responses begin with, the tail what they end with
+        # "4." and "I" begin and end unlike each other: their conversations share the prompt in front, and the
+        # tail behind
         one, other, *wholes = render(tokenizer, prompt, ["4.", "I", *responses])
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
@@ -412,6 +414,17 @@ def reason(error):
     return text.split(". ")[0].rstrip(".") or type(error).__name__
 
 
+class Parser(argparse.ArgumentParser):
+    """A wrong flag ends the program in one line, which names the nearest right one."""
+
+    def error(self, message):
+        _, unknown, flags = message.partition("unrecognized arguments: ")
+        if unknown:
+            ours = [word.strip("[]") for word in self.format_usage().split() if "--" in word]
+            message += f"; the nearest flag is {get_close_matches(flags.split()[0], ours, 1, 0)[0]}"
+        fail(f"{message}; {self.prog} --help lists all flags")
+
+
 def check_flags(args, may_be_zero):
     """Fails where a number is not above 0 and finite. Flags named in `may_be_zero`, and a seed, may be 0."""
     for name, values in vars(args).items():
@@ -425,7 +438,7 @@ def check_flags(args, may_be_zero):
 
 def parse_args():
     formatters = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formatters, {}))
+    parser = Parser(description=__doc__, formatter_class=type("Help", formatters, {}))
     flag = parser.add_argument
     flag("--oracle", nargs="+", default=["out/oracle"], help="reward models: folders or hub names")
     flag("--data", default="data/all/train.jsonl", help="JSONL to score")

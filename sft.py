@@ -1,7 +1,7 @@
 """Fine-tunes a causal LM on responses: the SFT policy that DRDO, DPO and e-DPO start from (arXiv 2410.08458).
 
 In:   a base LM; data/all/train.jsonl (prompt, chosen)
-Out:  out/sft/: model, tokenizer, args.json, log.jsonl; checkpoint/ while it runs
+Out:  out/sft/: model, tokenizer, args.json, log.jsonl, README.md; checkpoint/ while it runs
 
     deepspeed sft.py --model facebook/opt-125m
     deepspeed sft.py --resume                                    # goes on from the last checkpoint
@@ -158,7 +158,7 @@ def check_logits(lm, rows, args):
              f"{logp:.2f} by its last hidden state; take another model type")
 
 
-# ---- from here on nothing is about the method; the stages share it to the letter (tests/test_copies.py) ----
+# ---- plumbing: from here to the flags the stages share it to the letter (tests/test_copies.py) -------------
 
 class Rows:
     """Token ids of the lines of a JSONL file that fit in max_length and the model, in one flat int32 array.
@@ -233,7 +233,8 @@ def encode(tokenizer, prompt, responses, end=None):
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
         lead = chat[:chat.rindex("4.")].rstrip()
         assert all(text.startswith(lead) for text in chats), "the chat template writes its thought otherwise"
-        # the prompt is what conversations with two responses begin with, the tail what they end with
+        # "4." and "I" begin and end unlike each other: their conversations share the prompt in front, and the
+        # tail behind
         one, other, *wholes = render(tokenizer, prompt, ["4.", "I", *responses])
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]

@@ -103,7 +103,7 @@ CASES = {
         DRDO, {TRAIN: row(a=1)}, f"rewards.pt: ...sha256...; run precompute_rewards.py --data {TRAIN}"),
     "rewards cut off": (DRDO, {"rewards.pt": cut}, "rewards.pt: ...; run precompute_rewards.py"),
     "rewards without spread": (
-        f"{DRDO} --oracle_rewards equal.pt --standardise_oracle", {}, "equal.pt have no spread; omit it"),
+        f"{DRDO} --oracle_rewards equal.pt --standardise_oracle", {}, "Oracle differences have no spread"),
     # models
     "no model": (f"{DPO} --model nowhere", {}, "--model nowhere: ...; give the folder or the hub name"),
     "no model to answer": ("generate.py --model a/model", {}, "--model a/model: ...; give the folder or the"),
