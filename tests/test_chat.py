@@ -273,7 +273,8 @@ def test_real_tokenizers(name):
     whole conversation, with and without a template, and generate.py reads it back."""
     tokenizer = AutoTokenizer.from_pretrained(LLAMA_CPP / "models", gguf_file=f"ggml-vocab-{name}.gguf")
     end = tokenizer.eos_token_id
-    texts = [*TEXTS, "def f(x):\n    return x", "\tTabs,  two spaces", "€ 1,234.50", "東京は日本の首都です。", "n't"]
+    code = "def f(x):\n    return x"
+    texts = [*TEXTS, code, "\tTabs,  two spaces", "€ 1,234.50", "東京は日本の首都です。", "n't"]
     for text in texts:
         as_text = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         assert as_text == tokenizer(text, add_special_tokens=False).input_ids

@@ -88,8 +88,8 @@ def score(model, head, pairs):
 
 
 def plain_loop(home, keys, head, figures_of):
-    """The log of four steps, and of the evaluations before and after. figures_of(z, rewards, tokens, reference,
-    oracle, spread) gives the figures of B pairs, (B,) each or a mean, `loss` among them."""
+    """The log of four steps, and of the evaluations before and after. figures_of(z, rewards, tokens,
+    reference, oracle, spread) gives the figures of B pairs, (B,) each or a mean, `loss` among them."""
     model = AutoModelForCausalLM.from_pretrained(home / "model", dtype=torch.float32)
     train, train_oracle = read_pairs(home, "train", keys)
     held_out, held_out_oracle = read_pairs(home, "validation", keys, EVAL_ROWS)
