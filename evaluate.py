@@ -1,16 +1,17 @@
 """Evaluation: who wins, by how much, and whether the judge can be believed.
 
-    python evaluate.py --generations out/{drdo,sft}/generations.jsonl --against out/sft
-    python evaluate.py --generations all.jsonl --rewards all_rewards.pt --against out/sft --group_by dataset
+    python evaluate.py --generations out/{drdo,sft}_generations.jsonl --against out/sft
+    python evaluate.py --generations all.jsonl --rewards by_the_oracle.pt --against out/sft --group_by dataset
     python evaluate.py --generations all.jsonl --reward_fn my_reward.py:reward --against reference
     python evaluate.py --generations all.jsonl --judge gpt-4o --judge_prompt summary --against out/dpo
     python evaluate.py --judge_check data/all/validation.jsonl --judge gpt-4o    # against people's labels
-    python evaluate.py --generations out/drdo/alpaca.jsonl --alpaca_eval         # for the package alpaca_eval
+    python evaluate.py --generations out/drdo_alpaca.jsonl --alpaca_eval         # for the package alpaca_eval
     python evaluate.py --annotations annotations.json                            # by that package
     python evaluate.py --curves out/drdo out/dpo out/edpo
 
 In:  generations JSONL (generate.py): prompt, response, temperature, generator, tokens, eos, maybe reference.
-     A policy is all rows of one `generator`. The judge is rewards.pt, a function or a chat model.
+     A policy is all rows of one `generator`. The judge is a reward model, by the FILE.pt of
+     precompute_rewards.py beside each FILE.jsonl, or a function, or a chat model.
 Out: tables on stdout; in --out evaluation.json, evaluation.md, win_rates.png, advantages.png, curves.png.
 
 Our choices:
@@ -473,13 +474,14 @@ def write_alpaca_eval(responses, out):
 def read_rewards(paths, files, responses, notes):
     """Adds the column `reward`, the mean over Oracles (NaN if one is). Returns the Oracles' names, and notes
     which policies they taught."""
-    paths = paths or [os.path.join(os.path.dirname(data), "rewards.pt") for data in files]
+    beside = [os.path.splitext(data)[0] + ".pt" for data in files]
+    paths = paths or beside
     if not len(files) == len(paths) == len(set(paths)):
         fail(f"--rewards {' '.join(paths)}: {len(files)} files need one each, in order; run "
              "precompute_rewards.py with an --out for each")
     oracles = None
-    for path, (data, sha256) in zip(paths, files.items()):
-        fix = f"run precompute_rewards.py --data {data} with an --out of its own"
+    for path, (data, sha256), default in zip(paths, files.items(), beside):
+        fix = f"run precompute_rewards.py --data {data} --out {default}"
         held = load_rewards(path, f"{fix}, or give --rewards or another judge")
         if held.get("data_sha256") != sha256:
             fail(f"{path}: it does not score {data} (sha256 {sha256}); keep the files in order, or {fix}")
@@ -492,7 +494,7 @@ def read_rewards(paths, files, responses, notes):
                 fail(f"{path}: no `{kind}` rewards of {size} rows; {fix} on rows that carry `{kind}`")
             responses.loc[own.index, "reward"] = held[kind].double().mean(0).numpy()[own["line"] - 1]
     for generator, data in dict.fromkeys(zip(responses["generator"], responses["file"])):
-        folder = Path(generator if os.path.isdir(generator) else os.path.dirname(data))
+        folder = Path(generator if os.path.isdir(generator) else data.removesuffix("_generations.jsonl"))
         if re.fullmatch(r"step\d+", folder.name):
             folder = folder.parent
         with suppress(OSError, ValueError, KeyError, TypeError):  # not every policy is align.py's
@@ -597,11 +599,11 @@ def read_log(folder):
     """A table of log.jsonl, and of the rewards that an Oracle gave to the generations of kept steps."""
     path = os.path.join(folder, "log.jsonl")
     log = [row for _, row in read_rows(path, [])]
-    for rewards in Path(folder).glob("step*/rewards.pt"):
-        step = rewards.parent.name.removeprefix("step")
+    for rewards in Path(folder).glob("step*_generations.pt"):
+        step = rewards.name.removeprefix("step").removesuffix("_generations.pt")
         if not step.isdigit():  # somebody's copy
             continue
-        held = load_rewards(rewards, "score the generations of that folder again")
+        held = load_rewards(rewards, "score the generations of that step again")
         if not {"response", "reference"} <= held.keys():
             fail(f"{rewards}: no rewards of references; generate from prompts that carry `reference`")
         advantage = (held["response"] - held["reference"]).nanmean().item()
@@ -668,14 +670,15 @@ def parse_args(argv):
     flag("--judge_check", nargs=1, metavar="FILE", help="JSONL of pairs that people labelled: how often the "
          "judge prefers the chosen response. Rows whose `tie` is true are left out")
     flag("--annotations", nargs="+", metavar="FILE", help="annotations.json of the package alpaca_eval")
-    flag("--curves", nargs="+", metavar="FOLDER", help="draw these folders' log.jsonl and step*/rewards.pt")
+    flag("--curves", nargs="+", metavar="FOLDER", help="draw these folders' log.jsonl and "
+         "step*_generations.pt")
     flag = parser.add_argument_group("what is compared").add_argument
     flag("--against", nargs="+", metavar="NAME", help="opponents: generators, or `reference`, the rows' "
          "reference text; not given: every other generator")
     flag("--group_by", metavar="KEY", help="a key of the rows; each value gets its own figures. Or `folder`: "
          "the generator out/opt-125m/drdo is the policy drdo in the group out/opt-125m")
     flag("--alpaca_eval", action="store_true", help="only write the generations as alpaca_eval reads them")
-    group = parser.add_argument_group("who judges; not given: the rewards.pt beside each file")
+    group = parser.add_argument_group("who judges; not given: FILE.pt beside each FILE.jsonl")
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--rewards", nargs="+", metavar="FILE", help="one per file that is read, in order")
     flag("--reward_fn", metavar="FILE.py:FUNCTION", help="a row (dict) in, its reward out")

@@ -40,7 +40,7 @@ def row(generator, prompt, response="x y", temperature=0.5, **more):
 
 
 def write(folder, rows, oracles=("one",), name="generations.jsonl", **rewards):
-    """A JSONL file, and the rewards.pt beside it of `response`, `reference`, ...: lists (K, N)."""
+    """A JSONL file, and the rewards beside it, its name with .pt, of `response`, `reference`, ...: lists (K, N)."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -48,7 +48,7 @@ def write(folder, rows, oracles=("one",), name="generations.jsonl", **rewards):
         held = {kind: torch.tensor(values) for kind, values in rewards.items()}
         held["oracles"] = list(oracles)
         held["data_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        torch.save(held, folder / "rewards.pt")
+        torch.save(held, path.with_suffix(".pt"))
     return path
 
 
@@ -228,9 +228,10 @@ def test_a_judge_that_taught_a_policy_is_named(tmp_path, monkeypatch, taught, na
     monkeypatch.chdir(tmp_path)
     rows = [row(name, "p") for name in ("us", "them")]
     notes = []
-    for folder in "out/drdo", "out/drdo/step100":  # --keep_steps: the args.json is one folder up
-        data = write(Path(folder), rows, ["out/oracle"], response=[[1.0, 0.0]])
+    for folder, name in ("out", "drdo"), ("out/drdo", "step100"):  # --keep_steps: in the run's folder
+        data = write(Path(folder), rows, ["out/oracle"], f"{name}_generations.jsonl", response=[[1.0, 0.0]])
         oracles = taught and [name.replace("ABSOLUTE", str(tmp_path / "out/oracle")) for name in taught]
+        Path("out/drdo").mkdir(exist_ok=True)
         Path("out/drdo/args.json").write_text(json.dumps({"loss": "drdo", "oracles": oracles}))
         _, held = run(tmp_path, "--generations", data)
         notes.append(held["notes"])
@@ -413,14 +414,15 @@ def test_rewards_of_kept_steps_are_a_panel(tmp_path, capsys):
     run = log(tmp_path / "drdo", {"step": 5, "loss": 1.0})
     for step, response in ("100", [[1.0, 2.0, NAN]]), ("20", [[0.0, 1.0, 5.0], [2.0, 3.0, 5.0]]), (
             "20_old", [[9.0]]):  # a user's copy: it is no step
-        write(tmp_path / f"drdo/step{step}", [], response=response, reference=[[2.0] * 3])
+        write(tmp_path / "drdo", [], name=f"step{step}_generations.jsonl", response=response,
+              reference=[[2.0] * 3])
     _, panel = evaluate.plot_curves([run]).axes
     assert panel.get_title() == "rewards/sampled"
     assert [line.get_xydata().tolist() for line in panel.lines] == [[[20, pytest.approx(4 / 6)], [100, -0.5]]]
-    write(tmp_path / "drdo/step20", [], response=[[0.0]])
+    write(tmp_path / "drdo", [], name="step20_generations.jsonl", response=[[0.0]])
     with pytest.raises(SystemExit):
         evaluate.plot_curves([run])
-    assert "step20/rewards.pt: no rewards of references" in capsys.readouterr().err
+    assert "step20_generations.pt: no rewards of references" in capsys.readouterr().err
 
 
 # ---- AlpacaEval
@@ -544,7 +546,7 @@ def test_a_bom_carriage_returns_and_a_missing_last_newline_are_read(tmp_path):
 def test_wrong_rewards_are_refused(tmp_path, capsys):
     data = write(tmp_path, [row(name, f"p{k}") for name in ("us", "them") for k in range(2)],
                  response=[[1.0, 2.0, 3.0, 4.0]])
-    rewards = tmp_path / "rewards.pt"
+    rewards = tmp_path / "generations.pt"
     good = torch.load(rewards)
 
     def message(*flags, **change):
@@ -563,7 +565,7 @@ def test_wrong_rewards_are_refused(tmp_path, capsys):
 def test_rewards_are_those_of_each_file_in_order_by_the_same_oracles(tmp_path, capsys):
     files = [write(tmp_path / name, [row(name, "p", reference="r")], [oracle], response=[[value]])
              for name, oracle, value in (("a", "one", 1.0), ("b", "one", 3.0), ("c", "two", 5.0))]
-    rewards = [file.parent / "rewards.pt" for file in files]
+    rewards = [file.with_suffix(".pt") for file in files]
     flags = ["--generations", *files[:2], "--rewards"]
     assert "keep the files in order, or run" in refused(capsys, tmp_path, *flags, rewards[1], rewards[0])
     assert "2 files need one each" in refused(capsys, tmp_path, *flags, rewards[0], rewards[0])
