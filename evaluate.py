@@ -16,7 +16,9 @@ Out: tables on stdout; in --out evaluation.json, evaluation.md, win_rates.png, a
 
 Our choices:
 - Responses of equal prompt, temperature and group are a pair, several samples of a prompt in file order. The
-  higher reward wins, equal ones tie (Table 2). A tie counts as half a win.
+  higher reward wins (Table 2). A tie counts as half a win.
+- Rewards of a reward model that differ by its rounding tie: see rounding_of. Those of a function tie where
+  they are equal.
 - Intervals are 95% percentile bootstrap intervals over prompts: all pairs of a prompt, of every temperature,
   are drawn together. If all pairs end alike, or share a prompt, the interval has no width: too narrow.
 - "Normalised" (Figure 3): a mean reward difference, and its interval, are divided by the standard deviation
@@ -59,6 +61,7 @@ def main(argv=None):
         return write_alpaca_eval(responses, args.out)
     judge = "alpaca_eval's annotations"
     oracles = None
+    rounding = 0.0
     unjudged = "no verdict"
     if args.judge:
         judge = f"{args.judge}, {args.judge_prompt} prompt"
@@ -68,6 +71,7 @@ def main(argv=None):
         responses["reward"] = call_reward_fn(args.reward_fn, responses)
     elif not args.annotations:
         oracles = read_rewards(args.rewards, files, responses, notes)
+        rounding = rounding_of(responses, notes)
         judge = ", ".join(oracles)
         unjudged = "too long for the --max_length of precompute_rewards.py"
 
@@ -76,7 +80,8 @@ def main(argv=None):
     if args.judge:
         judge_pairs(pairs, args, notes)
     elif not args.annotations:  # these bring the outcome along
-        pairs["outcome"] = (np.sign(pairs["reward"] - pairs["reward_theirs"]) + 1) / 2
+        difference = pairs["reward"] - pairs["reward_theirs"]
+        pairs["outcome"] = (np.sign(difference) * (difference.abs() > rounding) + 1) / 2
     lost = pairs["outcome"].isna()
     for (policy, opponent), own in pairs[lost].groupby(["policy", "opponent"], sort=False):
         notes.append(f"{policy} against {opponent}: {len(own)} pairs are left out: {unjudged}")
@@ -97,8 +102,8 @@ def main(argv=None):
     text = report(policies, comparisons, [judge, *notes])
     print("\n" + text)
     save(args.out, "evaluation.md", text)
-    result = {"arguments": vars(args), "generations": files, "oracles": oracles, "policies": policies,
-              "comparisons": comparisons, "notes": notes}
+    result = {"arguments": vars(args), "generations": files, "oracles": oracles, "rounding": rounding,
+              "policies": policies, "comparisons": comparisons, "notes": notes}
     result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # JSON has no NaN
     save(args.out, "evaluation.json", json.dumps(result, indent=1) + "\n")
     if args.generations:
@@ -139,6 +144,20 @@ def pair_responses(responses, opponents, notes):
         fail("no two responses to compare; give policies with the same prompts and temperatures, or "
              "--against reference and rows that carry `reference`")
     return pairs
+
+
+FP32 = 1e-5  # rounding of fp32, a part of the mean |reward|: what batches of other shapes make of a deep model
+
+
+def rounding_of(responses, notes):
+    """The difference up to which rewards of a reward model tie, a number: the largest between rewards of the
+    same text and prompt, as two files bring them, and FP32 at least. So equal texts always tie."""
+    rewards = responses.groupby(["prompt", "response"])["reward"]
+    measured = (rewards.max() - rewards.min()).max()
+    rounding = max(FP32 * responses["reward"].abs().mean(), measured)
+    source = f"{FP32} of the mean |reward|" if rounding > measured else "so much do those of equal texts"
+    notes.append(f"rewards that differ by {rounding:.1e} or less tie: {source}")
+    return rounding
 
 
 # ---- win rates and their intervals

@@ -34,7 +34,12 @@ def drawn(monkeypatch):
     return figures
 
 
-def row(generator, prompt, response="x y", temperature=0.5, **more):
+NUMBERS = itertools.count()
+
+
+def row(generator, prompt, response=None, temperature=0.5, **more):
+    """A line of generations. Texts that are not given are all different."""
+    response = f"x {next(NUMBERS):05}" if response is None else response
     return {"prompt": prompt, "response": response, "temperature": temperature, "generator": generator,
             "tokens": len(response.split()) ** 2, "eos": True, **more}
 
@@ -53,9 +58,11 @@ def write(folder, rows, oracles=("one",), name="generations.jsonl", **rewards):
 
 
 def run(tmp_path, *flags):
-    """A run's comparisons by (policy, opponent, group, temperature), and all of its evaluation.json."""
+    """A run's comparisons by (policy, opponent, group, temperature), and all of its evaluation.json, but for
+    the note on ties that every reward model brings along."""
     evaluate.main([*map(str, flags), "--out", str(tmp_path / "out")])
     held = json.loads((tmp_path / "out/evaluation.json").read_text(), parse_constant=pytest.fail)
+    held["notes"] = [note for note in held["notes"] if "or less tie: " not in note]
     keys = "policy", "opponent", "group", "temperature"
     return {tuple(record[key] for key in keys): record for record in held["comparisons"]}, held
 
@@ -168,6 +175,20 @@ def test_oracles_are_averaged_and_pairs_with_nan_are_left_out_and_counted(tmp_pa
     assert means == pytest.approx({"us": 7 / 3, "them": 3.5 / 3})
 
 
+@pytest.mark.parametrize("spread, near, used", [(1e-6, 5e-5, "1e-05 of the mean"), (0.03, 0.01, "equal texts")])
+def test_equal_texts_tie_and_all_within_the_scorers_rounding(tmp_path, spread, near, used):
+    texts = [f"t{k}" for k in range(60)]
+    noise = np.random.default_rng(0).uniform(-spread, spread, 60)
+    rewards = {"us": [10.0] * 63, "them": [*(10 + noise), 10 + 10 * near, 10 - 10 * near, 10 - near]}
+    rewards["us"][0], rewards["them"][0] = 10 + spread, 10  # the widest
+    files = [write(tmp_path / name, [row(name, f"p{k}", text) for k, text in enumerate([*texts, *[name] * 3])],
+                   response=[values]) for name, values in rewards.items()]
+    figures, held = run(tmp_path, "--generations", *files, "--against", "them")
+    assert counts(figures["us", "them", "all", 0.5]) == (1, 61, 1)
+    assert held["rounding"] == pytest.approx(max(spread, 1e-4), rel=0.1)
+    assert used in (tmp_path / "out/evaluation.md").read_text().split("or less tie: ")[1].splitlines()[0]
+
+
 def test_with_group_by_folder_students_meet_in_their_folder(tmp_path, drawn):
     """Table 2 and Figure 3. out/sft, outside of all groups, meets all of them."""
     files = []
@@ -203,8 +224,9 @@ def test_a_reward_function_reads_the_row_and_its_failures_name_the_line(tmp_path
     for name, expected in (("broken", f"{data}, line 2 (ZeroDivisionError"), ("absent", "absent"),
                            ("text", f"{data}, line 1 (TypeError"), ("nan", "nan gave NaN")):
         assert expected in refused(capsys, tmp_path, *flags, f"{code}:{name}")
-    figures, _ = run(tmp_path, *flags, f"{code}:reward")
-    assert counts(figures["us", "reference", "all", 0.5]) == (0, 1, 1)  # 3 - 1 : 1 + 1, 1 : 1 + 1
+    figures, held = run(tmp_path, *flags, f"{code}:reward")
+    # 3 - 1 : 1 + 1, 1 : 1 + 1, though those texts are equal
+    assert counts(figures["us", "reference", "all", 0.5]) == (0, 1, 1) and held["rounding"] == 0
 
 
 def test_an_oracle_is_checked_against_labels(tmp_path, drawn):
@@ -327,7 +349,8 @@ def test_the_tables_to_the_letter(tmp_path, capsys):
     run(tmp_path, "--generations", data, "--against", "base", "reference")
     text = (tmp_path / "out/evaluation.md").read_text()
     assert text in capsys.readouterr().out
-    assert text.endswith("- judge: one; 1 prompts\n- base against reference: 1 of 1 responses are left out: "
+    assert text.endswith("- judge: one; 1 prompts\n- rewards that differ by 1.5e-05 or less tie: 1e-05 of the "
+                         "mean |reward|\n- base against reference: 1 of 1 responses are left out: "
                          "no partner of the same prompt, temperature and group\n")
     lines = [line for line in text.splitlines() if line.startswith(("|", "#"))]
     assert len({len(line) for line in lines[1:5]}) == 1  # padded for a terminal
@@ -535,7 +558,7 @@ def test_a_broken_line_is_refused_by_its_number(tmp_path, capsys, line, expected
 
 
 def test_a_bom_carriage_returns_and_a_missing_last_newline_are_read(tmp_path):
-    lines = [json.dumps(row("us", "p", "é"), ensure_ascii=False), json.dumps(row("them", "p"))]
+    lines = [json.dumps(row("us", "p", "é"), ensure_ascii=False), json.dumps(row("them", "p", "x y"))]
     (tmp_path / "g.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     (tmp_path / "length.py").write_text("def length(row):\n    return len(row['response'])\n")
     figures, _ = run(tmp_path, "--generations", tmp_path / "g.jsonl", "--reward_fn",
