@@ -89,12 +89,12 @@ def main(argv=None):
         fail(f"no pair is judged: {'; '.join(notes)}; fix that and run again")
     pairs = pairs[~lost]
     if args.judge_check:
-        longer = np.sign(pairs["words"] - pairs["words_theirs"])
+        longer = np.sign(pairs["chars"] - pairs["chars_theirs"])
         longer = longer.map({1: "chosen longer", 0: "as long", -1: "chosen shorter"})
         pairs = pd.concat([pairs, pairs.assign(group=longer)])
 
     # ---- figures, tables and pictures
-    means = ["reward", "tokens", "words", "eos"]
+    means = ["reward", "tokens", "chars", "eos"]
     policies = make_records(responses[responses["kind"] != "reference"], ["policy"],
                             lambda rows: rows.reindex(columns=means).mean().to_dict())
     comparisons = make_records(pairs, ["policy", "opponent"], compare)
@@ -196,10 +196,10 @@ def compare(pairs):
     # the pairs of a prompt count as one cluster; with one pair a prompt this is std / sqrt(n), alpaca_eval's
     sums = np.bincount(prompts, outcomes - outcomes.mean())
     record["standard_error"] = np.sqrt(sums @ sums * len(sums) / (len(sums) - 1 or np.nan)) / len(outcomes)
-    longer = (pairs["words"] - pairs["words_theirs"]).to_numpy()
+    longer = (pairs["chars"] - pairs["chars_theirs"]).to_numpy()
     rate, interval = length_controlled(outcomes, longer, prompts)
     record |= {"length_controlled": rate, "length_controlled_interval": interval}
-    record |= {name: [pairs[name].mean(), pairs[name + "_theirs"].mean()] for name in ("words", "eos")}
+    record |= {name: [pairs[name].mean(), pairs[name + "_theirs"].mean()] for name in ("chars", "eos")}
     return record | {name: pairs[name].mean() for name in ("flip", "first") if name in pairs}
 
 
@@ -217,8 +217,8 @@ def length_controlled(outcomes, differences, prompts):
     """sigma(a), the win rate at equal length, by a logistic regression as in AlpacaEval 2 (arXiv 2404.04475),
     and its 95% interval [low, high].
 
-    P(win) = sigma(a + b tanh(d / s)). d is our words less theirs, s the standard deviation of d. a and b
-    maximise the log-likelihood less b^2 / 2. A tie is half a win. AlpacaEval 2 also has a term for the
+    P(win) = sigma(a + b tanh(d / s)). d is our characters less theirs, as there, s the standard deviation of d.
+    a and b maximise the log-likelihood less b^2 / 2. A tie is half a win. AlpacaEval 2 also has a term for the
     difficulty of an instruction. Where one side is always the longer, this extrapolates. The interval is
     sigma(a -+ 1.96 se) by the delta method, the pairs of a prompt one cluster.  Args: (n,) each.
     """
@@ -305,10 +305,10 @@ COLUMNS = {"win rate": ("win_rate", ".3f"), "W/(W+L)": ("decided_win_rate", ".3f
            "se": ("standard_error", ".3f"), "LC": ("length_controlled", ".3f"), "flips": ("flip", ".2f"),
            "first": ("first", ".2f"), "reward": ("reward", ".3f"),
            "reward diff.": ("reward_difference", "+.3f"), "norm.": ("advantage", "+.2f"),
-           "tokens": ("tokens", ".1f"), "words": ("words", ".1f"), "EOS": ("eos", ".2f")}
+           "tokens": ("tokens", ".1f"), "chars": ("chars", ".1f"), "EOS": ("eos", ".2f")}
 LEGEND = """W/T/L: wins, ties, losses. se: the win rate's standard error. LC: the win rate at equal length.
 flips: share of pairs whose two verdicts differ. first: share of verdicts for what stands first. norm.: the
-reward difference in standard deviations of the opponent's rewards. words, EOS (the share of responses that
+reward difference in standard deviations of the opponent's rewards. chars, EOS (the share of responses that
 ended by themselves): of the policy / of the opponent. [low, high]: 95% interval over prompts, by bootstrap;
 of LC by the delta method."""
 
@@ -436,7 +436,7 @@ def read_responses(args, notes):
             kept = {key: row.get(key) for key in ("generator", "temperature", "response", *numbers)}
             responses.append(kept | {
                 "file": path, "line": line, "kind": kind, "row": row, "policy": policy, "group": group,
-                "prompt": json.dumps(row["prompt"], sort_keys=True), "words": len(row["response"].split())})
+                "prompt": json.dumps(row["prompt"], sort_keys=True), "chars": len(row["response"].strip())})
     responses = pd.DataFrame(responses)
     responses[numbers] = responses[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
     responses.loc[responses["kind"] == "reference", "eos"] = np.nan  # nobody knows

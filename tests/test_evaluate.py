@@ -100,13 +100,13 @@ def test_figures_by_hand(tmp_path):
     assert cold["advantage"] == pytest.approx(2 ** -0.5)
     expected = [bound / 2 ** 0.5 for bound in cold["reward_difference_interval"]]
     assert cold["advantage_interval"] == pytest.approx(expected)
-    assert cold["words"] == [2.0, 2.0]
+    assert cold["chars"] == [3.0, 3.0]
     assert cold["eos"] == pytest.approx([2 / 3, 1.0])
     hot = figures["us", "them", "all", 0.9]  # 0 : 2, 2 : 1
     assert hot["n"] == 2 and counts(hot) == (1, 0, 1) and hot["win_rate"] == 0.5
     pooled = figures["us", "them", "all", "all"]
     assert pooled["n"] == 5 and counts(pooled) == (3, 1, 1) and pooled["win_rate"] == 0.7
-    longer = np.array([1, -1, 0, -1, -1])  # in words, by prompts 0, 1, 2, 0, 1
+    longer = np.array([2, -2, 0, -2, -2])  # in characters, by prompts 0, 1, 2, 0, 1
     expected, _ = evaluate.length_controlled(np.array([1, 0.5, 1, 0, 1]), longer, np.array([0, 1, 2, 0, 1]))
     assert pooled["length_controlled"] == pytest.approx(expected)
     back = figures["them", "us", "all", "all"]  # the mirror image
@@ -115,7 +115,7 @@ def test_figures_by_hand(tmp_path):
 
     own = {(record["policy"], record["temperature"]): record for record in held["policies"]}
     assert own["us", 0.2]["n"] == 3 and own["us", 0.2]["reward"] == 3.0
-    assert own["us", 0.2]["words"] == 2.0 and own["us", 0.2]["tokens"] == pytest.approx((9 + 1 + 4) / 3)
+    assert own["us", 0.2]["chars"] == 3.0 and own["us", 0.2]["tokens"] == pytest.approx((9 + 1 + 4) / 3)
     assert own["us", 0.2]["eos"] == pytest.approx(2 / 3)
     assert own["us", "all"]["reward"] == pytest.approx(2.2)
     table = (tmp_path / "out/evaluation.md").read_text()
@@ -152,7 +152,7 @@ def test_a_reference_meets_the_response_of_its_own_row_alone(tmp_path):
     assert differences == {
         ("us", "reference", "set 1"): 1.0, ("us", "reference", "set 2"): -1.0,
         ("them", "reference", "set 1"): 4.0, ("us", "base", "set 1"): -2.0, ("them", "base", "set 1"): 2.0}
-    assert figures["us", "reference", "set 2", 0.5]["words"] == [2.0, 3.0]
+    assert figures["us", "reference", "set 2", 0.5]["chars"] == [7.0, 5.0]
     assert figures["us", "reference", "set 2", 0.5]["eos"] == [1.0, None]  # nobody knows a reference's
     assert [note.split(" responses")[0] for note in held["notes"]] == [
         "base against reference: 1 of 1", "us against reference: 1 of 3", "us against base: 2 of 3"]
@@ -341,6 +341,18 @@ def test_length_controlled_stays_finite(outcomes, differences, expected):
     assert rate == pytest.approx(expected) and low <= rate <= high
 
 
+def test_length_is_counted_in_characters_for_scripts_without_spaces_too(tmp_path):
+    lengths = np.array([9, 8, 7, 6, 8, 7, 3, 1])
+    rows = [row("us", f"p{k}", " " + "好" * length + "\n") for k, length in enumerate(lengths)]
+    rows += [row("them", f"p{k}", "的" * 4) for k in range(8)]
+    outcomes = np.array([1, 1, 1, 1, 1, 1, 0, 0])  # as by length
+    data = write(tmp_path, rows, response=[[*outcomes - 0.5, *np.zeros(8)]])
+    record = run(tmp_path, "--generations", data, "--against", "them")[0]["us", "them", "all", 0.5]
+    expected, interval = evaluate.length_controlled(outcomes, lengths - 4, np.arange(8))
+    assert record["length_controlled"] == pytest.approx(expected) and record["chars"] == [lengths.mean(), 4]
+    assert record["win_rate"] - expected > 0.1
+
+
 # ---- tables and pictures
 
 def test_the_tables_to_the_letter(tmp_path, capsys):
@@ -355,14 +367,14 @@ def test_the_tables_to_the_letter(tmp_path, capsys):
     lines = [line for line in text.splitlines() if line.startswith(("|", "#"))]
     assert len({len(line) for line in lines[1:5]}) == 1  # padded for a terminal
     assert [re.sub("  +", " ", line) for line in lines if "---" not in line] == [
-        "## Policies", "| policy | T | n | reward | tokens | words | EOS |",
-        "| us | 0.5 | 1 | 2.000 | 9.0 | 3.0 | 0.00 |", "| base | 0.5 | 1 | 0.500 | 4.0 | 2.0 | 1.00 |",
-        "## Against base", "| policy | T | n | W/T/L | win rate | LC | reward diff. | words | EOS |",
+        "## Policies", "| policy | T | n | reward | tokens | chars | EOS |",
+        "| us | 0.5 | 1 | 2.000 | 9.0 | 5.0 | 0.00 |", "| base | 0.5 | 1 | 0.500 | 4.0 | 3.0 | 1.00 |",
+        "## Against base", "| policy | T | n | W/T/L | win rate | LC | reward diff. | chars | EOS |",
         "| us | 0.5 | 1 | 1/0/0 | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | +1.500 [+1.500, +1.500] | "
-        "3.0 / 2.0 | 0.00 / 1.00 |",
-        "## Against reference", "| policy | T | n | W/T/L | win rate | LC | reward diff. | words | EOS |",
+        "5.0 / 3.0 | 0.00 / 1.00 |",
+        "## Against reference", "| policy | T | n | W/T/L | win rate | LC | reward diff. | chars | EOS |",
         "| us | 0.5 | 1 | 0/1/0 | 0.500 [0.500, 0.500] | 0.500 [0.500, 0.500] | +0.000 [+0.000, +0.000] | "
-        "3.0 / 1.0 | 0.00 / - |"]
+        "5.0 / 1.0 | 0.00 / - |"]
 
 
 def test_pictures_draw_their_figure_with_its_interval(tmp_path, drawn):
@@ -489,7 +501,7 @@ def test_annotations_are_counted_pair_by_pair(tmp_path):
     assert ours["n"] == 8 and counts(ours) == (3, 2, 3)
     assert ours["win_rate"] == pytest.approx(known.mean())
     assert ours["standard_error"] == pytest.approx(known.std(ddof=1) / 8 ** 0.5)
-    assert ours["words"] == [pytest.approx((45 - 7) / 8), 2.0]  # of 1 to 9 words without the seventh
+    assert ours["chars"] == [pytest.approx((81 - 13) / 8), 3.0]  # of 1, 3, .. 17 characters without the 7th
     assert counts(figures["davinci", "out/drdo", "all", "-"]) == (3, 2, 3)
     assert "out/drdo against davinci: 1 pairs are left out: no verdict" in held["notes"]
     preferences.remove(None)
