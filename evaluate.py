@@ -34,6 +34,7 @@ import os
 import re
 import runpy
 import sys
+import textwrap
 from contextlib import suppress
 from functools import partial
 from itertools import product
@@ -43,14 +44,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import style
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 
 def main(argv=None):
     args = parse_args(argv)
-    style.use("tableau-colorblind10")
     if args.curves:
         return save(args.out, "curves.png", plot_curves(args.curves))
 
@@ -110,7 +109,7 @@ def main(argv=None):
         label = "win rate (a tie counts half)"
         save(args.out, "win_rates.png", plot_by_temperature(comparisons, "win_rate", label, 0.5, judge))
     if args.generations and not args.judge:
-        label = "normalised reward advantage\n(in standard deviations of the opponent's rewards)"
+        label = "reward difference in standard deviations of the opponent's rewards"
         save(args.out, "advantages.png", plot_by_temperature(comparisons, "advantage", label, 0, judge))
 
 
@@ -351,12 +350,16 @@ def plot_by_temperature(comparisons, field, label, level, judge):
     policies = list(records["policy"].unique())
     opponents = records["opponent"].unique()
     groups = records["group"].unique()
-    figure = Figure((max(6, 1 + 3.5 * len(opponents)), 2 + 2.8 * len(groups)), layout="constrained")
+    temperatures = sorted(records["temperature"].unique())
+    apart = min(0.02, 0.2 / len(policies)) * (np.ptp(temperatures) or 1)  # so that no bar hides another
+    edge = apart * (3 + len(policies) / 2)
+    width = max(5, 3.5 * len(opponents)) / len(opponents)  # of a panel, in inches
+    figure = Figure((1 + width * len(opponents), 1.6 + 2.8 * len(groups)), layout="constrained")
     axes = figure.subplots(len(groups), len(opponents), squeeze=False, sharex=True, sharey=True).flat
-    apart = 0.02 * (np.ptp(records["temperature"]) or 1)  # so that no bar hides another
     handles = {}
     for (group, opponent), axis in zip(product(groups, opponents), axes):
-        panel = records[(records["group"] == group) & (records["opponent"] == opponent)]
+        met = records[(records["group"] == group) & (records["opponent"] == opponent)]
+        panel = met.dropna(subset=[field])
         for policy, line in panel.groupby("policy", sort=False):
             k = policies.index(policy)
             x = line["temperature"] + apart * (k - (len(policies) - 1) / 2)
@@ -364,45 +367,69 @@ def plot_by_temperature(comparisons, field, label, level, judge):
             low, high = np.transpose(line[field + "_interval"].tolist())
             bars = np.maximum([y - low, high - y], 0)
             handles[policy] = axis.errorbar(x, y, bars, capsize=3, **look(k))
+        if panel.empty:
+            reason = "no pairs" if met.empty else "the opponent's rewards\nare all equal"
+            axis.text(0.5, 0.6, reason, transform=axis.transAxes, ha="center")
         axis.axhline(level, color="gray", linestyle="--", linewidth=1)
-        axis.set(title=f"against {opponent}" + f"\n{group}" * (group != "all"),
-                 xticks=sorted(records["temperature"].unique()))
-    figure.supxlabel(f"sampling temperature (bars: 95% bootstrap interval over prompts)\n{judge}")
-    figure.supylabel(label, multialignment="center")
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, title="policy")
+        lines = [f"against {opponent}"] + [group] * (group != "all")
+        axis.set_title("\n".join(fold(line, width - 0.5) for line in lines), fontsize=10)
+        axis.set(xticks=temperatures, xlim=(temperatures[0] - edge, temperatures[-1] + edge))
+    lines = ["sampling temperature (bars: 95% interval over prompts)", judge]
+    figure.supxlabel("\n".join(fold(line, figure.get_figwidth()) for line in lines), fontsize=10)
+    figure.supylabel(fold(label, 4), fontsize=10, multialignment="center")
+    add_legend(figure, handles, "policy")
     return figure
 
 
 PANELS = {"loss": "per pair", "loss/distillation": "per pair", "loss/contrastive": "per pair, alpha included",
           "rewards/accuracies": "share of pairs, chosen above rejected",
-          "rewards/margins": "chosen less rejected\n(in each run's own scale)",
+          "rewards/margins": "chosen less rejected (in each run's own scale)",
           "logps/chosen": "log-probability (nats)", "logps/rejected": "log-probability (nats)",
-          "rewards/sampled": "Oracle's reward,\nsampled less reference"}
+          "rewards/sampled": "Oracle's reward, sampled less reference"}
 
 
 def plot_curves(folders):
-    """Figure 4: a line per run, a panel per figure of its log; faint: training data, marked: held out."""
+    """Figure 4: a line per run, a panel per figure of its log."""
     logs = {folder.rstrip("/"): read_log(folder) for folder in folders}
     keys = [key for key in PANELS if any({key, "eval_" + key} & set(log) for log in logs.values())]
     height = -(-len(keys) // 3)  # in panels
-    figure = Figure((12, 1.5 + 3 * height), layout="constrained")
+    figure = Figure((12, 1 + 3 * height), layout="constrained")
     handles = {}
     for place, key in enumerate(keys, 1):
         axis = figure.add_subplot(height, 3, place)
         for k, (run, log) in enumerate(logs.items()):
-            for name, faint in (key, {"alpha": 0.4, "marker": ""}), ("eval_" + key, {}):
+            for name, thin in (key, {"linewidth": 0.8, "markersize": 1.5}), ("eval_" + key, {}):
                 if name in log:
                     points = log[["step", name]].dropna().sort_values("step")
-                    handles[run], = axis.plot(points["step"], points[name], **look(k) | faint)
-        axis.set(title=key, xlabel="optimizer step", ylabel=PANELS[key])
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3,
-                  title="faint: training data; with markers: held-out data")
+                    handles[run], = axis.plot(points["step"], points[name], **look(k) | thin)
+        axis.set(title=key, xlabel="optimizer step", ylabel=fold(PANELS[key], 2.5))
+    add_legend(figure, handles, "thin: training data; with markers: held-out data")
     return figure
+
+
+def add_legend(figure, handles, title):
+    """A legend above, in as many columns as the figure is wide, and room for it."""
+    if not handles:
+        return
+    width = figure.get_figwidth()
+    labels = [fold(name, width - 1) for name in handles]
+    columns = max(1, int(10 * width / (9 + max(map(len, labels)))))
+    lines = -(-len(handles) // columns) * (1 + max(label.count("\n") for label in labels))
+    figure.set_figheight(figure.get_figheight() + 0.2 * lines)
+    figure.legend(handles.values(), labels, loc="outside upper center", ncols=columns, title=title)
+
+
+def fold(text, inches):
+    """The text in lines of at most this width, at 10 pt."""
+    return textwrap.fill(text, int(10 * inches))
+
+
+COLORS = ["#0072B2", "#D55E00", "#008A64", "#AA3377", "#000000"]  # for the colour-blind, 4:1 on white or more
 
 
 def look(k):
     """How line k looks: no two of 40 are alike."""
-    return {"color": f"C{k % 10}", "marker": "osD^vPX*"[k % 8], "linestyle": ["-", "--", ":", "-."][k % 4]}
+    return {"color": COLORS[k % 5], "marker": "osD^vPX*"[k % 8], "linestyle": ["-", "--", ":", "-."][k % 4]}
 
 
 # ---- from here on nothing is about the method --------------------------------------------------------------

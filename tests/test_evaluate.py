@@ -13,6 +13,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -400,9 +402,54 @@ def test_pictures_draw_their_figure_with_its_interval(tmp_path, drawn):
             assert axis.lines[-1].get_ydata() == [level, level]
             assert len({container.lines[0].get_color() for container in axis.containers}) == 2
     assert "win rate" in drawn["win_rates.png"].get_supylabel()
-    assert "advantage" in drawn["advantages.png"].get_supylabel()
+    assert "standard deviations" in drawn["advantages.png"].get_supylabel()
     legend = drawn["win_rates.png"].legends[0]
     assert [text.get_text() for text in legend.get_texts()] == ["us", "them", "base"]
+
+
+def assert_readable(figure, monkeypatch):
+    """All text lies on the canvas, none on another; a panel has a line beside that of its level, or a word."""
+    texts = []
+    draw = Text.draw
+    with monkeypatch.context() as patch:
+        patch.setattr(Text, "draw", lambda text, renderer: (texts.append(text), draw(text, renderer)))
+        figure.draw_without_rendering()
+    boxes = {text: text.get_window_extent() for text in texts if text.get_visible() and text.get_text()}
+    width, height = figure.bbox.size
+    for text, box in boxes.items():
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
+    for (one, box), (other, its) in itertools.combinations(boxes.items(), 2):
+        assert not box.overlaps(its), (one, other)
+    for axis in figure.axes:
+        assert axis.texts or any(len(line.get_xdata()) and line.get_linestyle() != "--" for line in axis.lines)
+
+
+LONG = "out/SmolLM2-135M-Instruct/a_policy_with_a_long_name"
+
+
+@pytest.mark.parametrize("names, temperatures, flags", [
+    (["sft", "dpo", "drdo"], [0.7], ["--against", "sft"]),  # the pipeline's last line
+    (["sft", "drdo"], [0.2, 0.5, 0.7, 0.9], ["--against", "sft", "reference", "--group_by", "set"]),
+    ([f"{LONG}_{k}" for k in range(12)], [0.2, 0.9], ["--against", f"{LONG}_0"]),
+    ([f"{LONG}_{k}" for k in range(3)], [0.2], ["--group_by", "folder"])])
+def test_pictures_are_readable(tmp_path, drawn, monkeypatch, names, temperatures, flags):
+    rows = [row(name, f"p{k}", temperature=temperature, set=f"set of prompts number {k % 2}",
+                **{"reference": "r"} if k % 2 else {})  # so the first set has no references
+            for name in names for k in range(4) for temperature in temperatures]
+    rewards = np.random.default_rng(4).normal(size=len(rows)).tolist()
+    data = write(tmp_path, rows, [f"{LONG}_oracle"] * 3, response=[rewards], reference=[[1.0] * len(rows)])
+    run(tmp_path, "--generations", data, *flags)
+    for figure in drawn.values():
+        assert_readable(figure, monkeypatch)
+    words = [text.get_text() for axis in drawn["advantages.png"].axes for text in axis.texts]
+    assert words == ["no pairs", "the opponent's rewards\nare all equal"] * ("reference" in flags)
+    legend = [text.get_text().replace("\n", "") for text in drawn["advantages.png"].legends[0].get_texts()]
+    assert sorted(legend) == sorted({name.split("/")[-1] if "folder" in flags else name for name in names}
+                                    - ({names[0]} if "--against" in flags else set()))
+    points = [line.get_xdata() for axis in drawn["win_rates.png"].axes for line in axis.lines[:-1]]
+    low, high = drawn["win_rates.png"].axes[0].get_xlim()
+    spread = max(abs(x - round(x, 1)) for xs in points for x in xs) / (high - low)
+    assert spread < 0.35, "policies stand by their temperature"
 
 
 def test_a_picture_is_a_whole_png(tmp_path, monkeypatch):
@@ -432,17 +479,21 @@ def test_curves_have_a_panel_per_figure_and_the_held_out_line_beside(tmp_path, c
     assert "drdo/log.jsonl: no line has `step`" in capsys.readouterr().err
 
 
-def test_many_runs_can_be_told_apart(tmp_path):
-    runs = [log(tmp_path / f"run{k}", {"step": 1, "loss": -1}, {"step": 2, "eval_loss": k})
+def test_many_runs_can_be_told_apart(tmp_path, monkeypatch):
+    runs = [log(tmp_path / f"a_run_with_a_long_name_{k}", {"step": 1, "loss": -1}, {"step": 2, "eval_loss": k})
             for k in range(12)]
     figure = evaluate.plot_curves([run + "/" for run in runs])
     lines = figure.axes[0].lines
-    held_out = [line for line in lines if line.get_marker() not in ("", "None")]
+    held_out = [line for line in lines if line.get_linewidth() > 1]
     assert [line.get_ydata()[0] for line in held_out] == list(range(12))
-    assert {line.get_alpha() for line in lines if line not in held_out} == {0.4}
+    for line in lines:  # the contrast to white is 3:1 at least, WCAG's for graphics
+        red, green, blue = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+                            for value in to_rgb(line.get_color())]
+        assert line.get_alpha() is None and 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05) > 3
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in held_out}
-    assert [len(set(values)) for values in (looks, *zip(*looks))] == [12, 10, 4, 8]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == runs
+    assert [len(set(values)) for values in (looks, *zip(*looks))] == [12, 5, 4, 8]
+    assert [text.get_text().replace("\n", "") for text in figure.legends[0].get_texts()] == runs
+    assert_readable(figure, monkeypatch)
 
 
 def test_rewards_of_kept_steps_are_a_panel(tmp_path, capsys):
