@@ -319,8 +319,7 @@ def plot_by_temperature(comparisons, field, label, level, judge):
     records = pd.DataFrame([record for record in comparisons if record["temperature"] != "all"])
     policies, opponents, groups = (list(records[name].unique()) for name in ("policy", "opponent", "group"))
     temperatures = sorted(records["temperature"].unique())
-    apart = min(0.02, 0.2 / len(policies)) * (np.ptp(temperatures) or 1)  # so that no bar hides another
-    edge = apart * (3 + len(policies) / 2)
+    apart = min(0.1, 0.8 / len(policies))  # so that no bar hides another; temperatures stand at 0, 1, ...
     width = max(5, 3.5 * len(opponents)) / len(opponents)  # of a panel, in inches
     figure = Figure((1 + width * len(opponents), 1.6 + 2.8 * len(groups)), layout="constrained")
     axes = figure.subplots(len(groups), len(opponents), squeeze=False, sharex=True, sharey=True).flat
@@ -330,7 +329,7 @@ def plot_by_temperature(comparisons, field, label, level, judge):
         panel = met.dropna(subset=field)
         for policy, line in panel.groupby("policy", sort=False):
             k = policies.index(policy)
-            x = line["temperature"] + apart * (k - (len(policies) - 1) / 2)
+            x = np.searchsorted(temperatures, line["temperature"]) + apart * (k - (len(policies) - 1) / 2)
             low, high = np.transpose(line[field + "_interval"].tolist())
             bars = np.maximum([line[field] - low, high - line[field]], 0)
             handles[policy] = axis.errorbar(x, line[field], bars, capsize=3, **LOOKS[k % 40])
@@ -340,7 +339,8 @@ def plot_by_temperature(comparisons, field, label, level, judge):
         axis.axhline(level, color="gray", linestyle="--", linewidth=1)
         title = f"against {opponent}" if group == "all" else f"against {opponent}\n{group}"
         axis.set_title(fold(title, width - 0.5), fontsize=10)
-        axis.set(xticks=temperatures, xlim=(temperatures[0] - edge, temperatures[-1] + edge))
+        axis.set_xticks(range(len(temperatures)), temperatures)
+        axis.set_xlim(-0.5, len(temperatures) - 0.5)
     title = f"sampling temperature (bars: 95% interval over prompts)\n{judge}"
     figure.supxlabel(fold(title, figure.get_figwidth()), fontsize=10)
     figure.supylabel(fold(label, 4), fontsize=10, multialignment="center")
@@ -410,10 +410,9 @@ def read_responses(args, notes):
                           for key, row in rows.items()]
                 ties += not rows
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # no JSON, no UTF-8, no text
-            needs = "texts prompt, response and generator, and a number, temperature"
-            if not args.generations:
-                needs = "texts prompt, chosen and rejected" if args.judge_check else "what alpaca_eval writes"
-            fail(f"{place}: cannot use it ({error!r:.100}); each row needs {needs}")
+            fail(f"{place}: cannot use it ({error!r:.100}); each row needs the texts prompt, response and "
+                 "generator, and a number, temperature; with --judge_check prompt, chosen and rejected; with "
+                 "--annotations what alpaca_eval writes")
         if ties:
             notes.append(f"{path}: {ties} of {line} pairs are ties by their labels: left out")
     if not table:
@@ -484,16 +483,15 @@ def read_rewards(paths, files, responses, notes):
     oracles = None
     for path, (data, sha256), default in zip(paths, files.items(), beside):
         fix = f"run precompute_rewards.py --data {data} --out {default}"
-        held = load_rewards(path, f"{fix}, or give --rewards or another judge")
+        own = responses[responses["file"] == data]
+        held = load_rewards(path, own["key"].unique(), f"{fix}, or give --rewards or another judge")
         if held.get("data_sha256") != sha256:
             fail(f"{path}: it does not score {data} (sha256 {sha256}); keep the files in order, or {fix}")
         oracles = oracles or held["oracles"]
         if held["oracles"] != oracles:
             fail(f"{path}: scored by {held['oracles']}, but {paths[0]} by {oracles}; score all by the same")
-        for key, own in responses[responses["file"] == data].groupby("key"):
-            if key not in held:
-                fail(f"{path}: no `{key}` rewards; {fix} on rows that carry `{key}`")
-            responses.loc[own.index, "reward"] = held[key].double().mean(0).numpy()[own["line"] - 1]
+        for key, lines in own.groupby("key")["line"]:
+            responses.loc[lines.index, "reward"] = held[key].double().mean(0).numpy()[lines - 1]
 
     equal = responses.groupby(["prompt", "response"])["reward"]
     measured = (equal.max() - equal.min()).max()
@@ -509,13 +507,16 @@ def read_rewards(paths, files, responses, notes):
     return ", ".join(oracles), rounding
 
 
-def load_rewards(path, fix):
-    """The dict that precompute_rewards.py wrote."""
+def load_rewards(path, keys, fix):
+    """The dict that precompute_rewards.py wrote of rows that carry these keys."""
     import torch  # here, since the other judges need no torch
     try:
-        return {"oracles": [], **torch.load(path, weights_only=True)}
+        held = {"oracles": [], **torch.load(path, weights_only=True)}
     except Exception as error:
         fail(f"{path}: cannot read it ({error!r:.100}); {fix}")
+    if not held.keys() >= set(keys):
+        fail(f"{path}: no rewards of {' and '.join(keys)}; {fix}, on rows that carry them")
+    return held
 
 
 def call_reward_fn(spec, responses):
@@ -600,9 +601,7 @@ def read_log(folder):
     for rewards in Path(folder).glob("step*_generations.pt"):
         step = rewards.name.removeprefix("step").removesuffix("_generations.pt")
         if step.isdigit():  # else it is somebody's copy
-            held = load_rewards(rewards, "score the generations of that step again")
-            if not {"response", "reference"} <= held.keys():
-                fail(f"{rewards}: no rewards of references; generate from prompts that carry `reference`")
+            held = load_rewards(rewards, ["response", "reference"], "score the generations of that step")
             advantage = (held["response"] - held["reference"]).nanmean().item()
             log.append({"step": int(step), "eval_rewards/sampled": advantage})
     log = pd.DataFrame(log)
