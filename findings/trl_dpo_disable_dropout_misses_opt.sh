@@ -14,6 +14,8 @@ python3 -m venv "$dir/venv"
 cd "$dir"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1
 "$dir/venv/bin/python" - <<'PY'
+import contextlib
+import io
 import math
 
 import torch
@@ -37,7 +39,8 @@ def losses(name, config):
                      num_train_epochs=1, per_device_train_batch_size=1, logging_steps=1, save_strategy="no")
     assert args.disable_dropout
     trainer = DPOTrainer(model=name, args=args, train_dataset=rows, processing_class=tokenizer)
-    trainer.train()
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 seen = {
