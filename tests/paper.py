@@ -78,7 +78,7 @@ def main():
             for line in re.findall(r"`(evaluate.py --[^`]*)`", TEXT):
                 shell(f"python {line}", bar)
             shell(block(f"python evaluate.py --generations out/{PHI}/{{drdo,dpo,edpo}}/alpaca.jsonl"), bar)
-        exec(block("import torch\nfrom matplotlib"), {})  # the preference loss by gamma
+        run_python()
         check()
 
 
@@ -163,6 +163,11 @@ def run(script, flags):
             traceback.print_exc()
             return 1, output.getvalue()
     return 0, output.getvalue()
+
+
+def run_python():
+    """The block that draws the preference loss by gamma."""
+    exec(block("import torch\nfrom matplotlib"), {})
 
 
 # ---- each value of the tables and figures, computed again --------------------------------------------------
