@@ -6,8 +6,8 @@ again from the generations and rewards alone.
 
     python tests/paper.py       # a minute or two
 
-Not run: the package alpaca_eval (tests/test_evaluate.py runs it; its verdicts are made up here), the
-commands for several machines, and those of Table 5, which fetch data.
+Not run: the package alpaca_eval (tests/test_evaluate.py runs it; its verdicts are made up here), the recipe
+for TRL (tests/test_recipes.py), the commands for several machines, and those of Table 5, which fetch data.
 """
 import importlib
 import io
@@ -166,15 +166,8 @@ def run(script, flags):
 
 
 def run_python():
-    """The blocks of Python: the picture by gamma, and a loss on random log-probs and rewards."""
+    """The block that draws the preference loss by gamma."""
     exec(block("import torch\nfrom matplotlib"), {})
-    names = [f"{of}{kind}" for of in ("chosen_", "rejected_") for kind in ("logps", "lengths")]
-    names += ["ref_chosen_logps", "ref_rejected_logps", "oracle_chosen", "oracle_rejected"]
-    batch = {name: torch.rand(3) for name in names}
-    for name in "chosen_logps", "rejected_logps":
-        batch[name] = (-9 * batch[name]).requires_grad_()
-    exec(block("from losses import drdo_loss"), batch | {"oracle_std": 2.0})
-    assert batch["chosen_logps"].grad.abs().min() > 0 and Path("preference_loss.png").exists()
 
 
 # ---- each value of the tables and figures, computed again --------------------------------------------------
@@ -259,7 +252,8 @@ def check():
     assert ends == [control["<|end|>"], control["EOS"]]  # servers stop at the end of a turn
     assert len(glob("out/sweep/*/model.safetensors")) == 2 * 4 + 4
     assert sum(value in (0, 0.5) for _, value in expected.values()) < 16, "the policies do not differ"
-    pictures = ["out/table2/win_rates.png", "out/figure3/advantages.png", "out/figure4/curves.png"]
+    pictures = ["out/table2/win_rates.png", "out/figure3/advantages.png", "out/figure4/curves.png",
+                "preference_loss.png"]
     for picture in pictures:
         image = matplotlib.image.imread(picture)[..., :3]
         assert (image.max(2) - image.min(2)).max() > 0.3, f"{picture} has no line"  # the axes are grey
