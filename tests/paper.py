@@ -51,8 +51,9 @@ python() { deepspeed "$@"; }
 alpaca_eval() {  # the package's verdicts on three answers
     mkdir -p out/alpaca/judge
     [ -e $2 ] && [ -e $4 ]
-    row='{"generator_1": "dpo", "output_1": "a", "generator_2": "drdo", "output_2": "b", "preference"'
-    echo "[$row: 2}, $row: 2}, $row: 1}]" > out/alpaca/judge/annotations.json
+    row='"instruction": "a", "generator_1": "dpo", "output_1": "a", "generator_2": "drdo", "output_2": "b"'
+    printf '[{"preference": 2, %s}, {"preference": 2, %s}, {"preference": 1, %s}]' "$row" "$row" "$row" \
+        > out/alpaca/judge/annotations.json
 }
 trap 'printf end > request' EXIT
 set -eu
