@@ -336,8 +336,10 @@ def test_the_tables_to_the_letter(tmp_path, capsys):
     run(tmp_path, "--generations", data, "--against", "base", "reference")
     text = (tmp_path / "out/evaluation.md").read_text()
     assert text in capsys.readouterr().out
-    notes = ("judge: one; 1 prompts", "rewards that differ by 1.5e-05 or less tie: 1e-05 of the mean |reward|",
-             "base against reference: 1 of 1 are left out: no partner of the same prompt, temperature and group")
+    notes = ("judge: one; 1 prompts",
+             "rewards that differ by 1.5e-05 or less tie: 1e-05 of the mean |reward|",
+             "base against reference: 1 of 1 are left out: no partner of the same prompt, temperature and "
+             "group")
     assert text.endswith("\n\n" + "".join(f"- {note}\n" for note in notes))
     lines = [line for line in text.splitlines() if line.startswith(("|", "#"))]
     assert len({len(line) for line in lines[1:5]}) == 1  # padded for a terminal
