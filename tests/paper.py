@@ -51,8 +51,9 @@ python() { deepspeed "$@"; }
 alpaca_eval() {  # the package's verdicts on three answers
     mkdir -p out/alpaca/judge
     [ -e $2 ] && [ -e $4 ]
-    row='{"generator_1": "dpo", "output_1": "a", "generator_2": "drdo", "output_2": "b", "preference"'
-    echo "[$row: 2}, $row: 2}, $row: 1}]" > out/alpaca/judge/annotations.json
+    row='"instruction": "a", "generator_1": "dpo", "output_1": "a", "generator_2": "drdo", "output_2": "b"'
+    printf '[{"preference": 2, %s}, {"preference": 2, %s}, {"preference": 1, %s}]' "$row" "$row" "$row" \
+        > out/alpaca/judge/annotations.json
 }
 trap 'printf end > request' EXIT
 set -eu
@@ -186,9 +187,12 @@ def answers(policy, name="generations", score=None):
     return {(json.dumps(row["prompt"]), row["temperature"]): value for row, value in zip(rows, scores)}
 
 
-def win_rate(ours, theirs):
-    """The share of wins of ours; a tie counts half."""
-    return sum((ours[key] > theirs[key]) + 0.5 * (ours[key] == theirs[key]) for key in ours) / len(ours)
+def win_rate(ours, theirs, table=None):
+    """The share of wins of ours; a tie, to the rounding of the table's rewards, counts half."""
+    bound = json.load(open(f"out/{table}/evaluation.json"))["rounding"] if table else 0
+    assert bound < 1e-4
+    differences = [ours[key] - theirs[key] for key in ours]
+    return sum((value > bound) + 0.5 * (abs(value) <= bound) for value in differences) / len(differences)
 
 
 def length(row):
@@ -206,7 +210,7 @@ def expected_values():
     students = ["opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b", PHI]
     for student, policy, opponent in product(students, methods, ["sft", "dpo"]):
         if policy != opponent:
-            rate = win_rate(answers(f"{student}/{policy}"), answers(f"{student}/{opponent}"))
+            rate = win_rate(answers(f"{student}/{policy}"), answers(f"{student}/{opponent}"), "table2")
             expected["table2", policy, opponent, f"folder out/{student}"] = "win_rate", rate
     start = answers("sft")
     for split, policy in product(["all", "hc_he", "lc_le"], methods):
@@ -231,7 +235,7 @@ def expected_values():
         rewards[key] = dict(enumerate(saved[key][0].tolist()))
     rate = win_rate(lengths["chosen"], lengths["rejected"])
     expected["judge_check", "chosen", "rejected", "all"] = "win_rate", rate
-    rate = win_rate(rewards["chosen"], rewards["rejected"])
+    rate = win_rate(rewards["chosen"], rewards["rejected"], "oracle_check")
     expected["oracle_check", "chosen", "rejected", "all"] = "win_rate", rate
     return expected
 
