@@ -33,6 +33,7 @@ import runpy
 import sys
 import textwrap
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import partial
 from itertools import product
 from multiprocessing.pool import ThreadPool
@@ -622,6 +623,17 @@ def save(folder, name, content):
     print(f"wrote {path}")
 
 
+class Parser(argparse.ArgumentParser):
+    """A wrong flag ends the program in one line, which names the nearest right one."""
+
+    def error(self, message):
+        _, unknown, flags = message.partition("unrecognized arguments: ")
+        if unknown:
+            ours = [word.strip("[]") for word in self.format_usage().split() if "--" in word]
+            message += f"; the nearest flag is {get_close_matches(flags.split()[0], ours, 1, 0)[0]}"
+        fail(f"{message}; {self.prog} --help lists all flags")
+
+
 def fail(message):
     """Ends the program on bad input: one line on stderr, exit status 2."""
     line = " ".join(str(message).split())
@@ -630,8 +642,7 @@ def fail(message):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what is read, one of")
     flag = group.add_mutually_exclusive_group(required=True).add_argument
     flag("--generations", nargs="+", metavar="FILE", help="JSONL; `generator` names the policy")
