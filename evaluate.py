@@ -1,26 +1,26 @@
 """Evaluation: who wins, by how much, and whether the judge can be believed.
 
-    python evaluate.py --generations out/{drdo,sft}/generations.jsonl --against out/sft
-    python evaluate.py --generations all.jsonl --rewards all_rewards.pt --against out/sft --group_by dataset
+    python evaluate.py --generations out/{drdo,sft}_generations.jsonl --against out/sft
+    python evaluate.py --generations all.jsonl --rewards by_the_oracle.pt --against out/sft --group_by dataset
     python evaluate.py --generations all.jsonl --reward_fn my_reward.py:reward --against reference
     python evaluate.py --generations all.jsonl --judge gpt-4o --judge_prompt summary --against out/dpo
     python evaluate.py --judge_check data/all/validation.jsonl --judge gpt-4o    # against people's labels
-    python evaluate.py --generations out/drdo/alpaca.jsonl --alpaca_eval         # for the package alpaca_eval
+    python evaluate.py --generations out/drdo_alpaca.jsonl --alpaca_eval         # for the package alpaca_eval
     python evaluate.py --annotations annotations.json                            # by that package
     python evaluate.py --curves out/drdo out/dpo out/edpo
 
 In:  generations JSONL (generate.py): prompt, response, temperature, generator, tokens, eos, maybe reference.
-     A policy is all rows of one `generator`. The judge is rewards.pt, a function or a chat model.
+     A policy is all rows of one `generator`. The judge is a reward model, by the FILE.pt of
+     precompute_rewards.py beside each FILE.jsonl, or a function, or a chat model.
 Out: tables on stdout; in --out evaluation.json, evaluation.md, win_rates.png, advantages.png, curves.png.
 
 Our choices:
 - Responses of equal prompt, temperature and group are a pair, several samples of a prompt in file order. The
-  higher reward wins, equal ones tie (Table 2). A tie counts as half a win.
+  higher reward wins (Table 2). A tie counts as half a win. Rewards of a reward model tie that differ by its
+  rounding: see read_rewards.
 - Intervals are 95% percentile bootstrap intervals over prompts: all pairs of a prompt, of every temperature,
   are drawn together. If all pairs end alike, or share a prompt, the interval has no width: too narrow.
-- "Normalised" (Figure 3): a mean reward difference, and its interval, are divided by the standard deviation
-  (population) of the opponent's rewards in the same pairs.
-- W/(W+L), the win rate without ties, stands beside it where there are ties: Table 1 seems to be that.
+- W/(W+L), the win rate without ties, stands beside it: Table 1 seems to be that.
 - The chat model (Table 1) sees each pair in both orders. Preferred in both is a win, the other in both is a
   loss, all else is a tie. Equal responses tie unasked.
 """
@@ -31,113 +31,106 @@ import os
 import re
 import runpy
 import sys
+import textwrap
 from contextlib import suppress
 from functools import partial
 from itertools import product
-from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import style
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 
 def main(argv=None):
     args = parse_args(argv)
-    style.use("tableau-colorblind10")
     if args.curves:
         return save(args.out, "curves.png", plot_curves(args.curves))
 
     # ---- a table with a row per response, and its `reward` unless a chat model or alpaca_eval judges
-    notes = []  # what a reader of the figures must know
+    notes = []
     responses, files = read_responses(args, notes)
     if args.alpaca_eval:
         return write_alpaca_eval(responses, args.out)
-    judge = "alpaca_eval's annotations"
-    oracles = None
-    unjudged = "no verdict"
+    judge = args.judge or args.reward_fn or "alpaca_eval's annotations"
+    rounding = 0.0  # the difference up to which rewards tie
     if args.judge:
-        judge = f"{args.judge}, {args.judge_prompt} prompt"
+        judge += f", {args.judge_prompt} prompt"
     elif args.reward_fn:
-        judge = args.reward_fn
-        unjudged = f"{judge} gave NaN"
         responses["reward"] = call_reward_fn(args.reward_fn, responses)
     elif not args.annotations:
-        oracles = read_rewards(args.rewards, files, responses, notes)
-        judge = ", ".join(oracles)
-        unjudged = "too long for the --max_length of precompute_rewards.py"
+        judge, rounding = read_rewards(args.rewards, files, responses, notes)
 
     # ---- a table with a row per pair. Its `outcome` is 1 (ours wins), 0 (theirs), 0.5 (a tie), NaN (unknown)
     pairs = pair_responses(responses, ["rejected"] if args.judge_check else args.against, notes)
     if args.judge:
         judge_pairs(pairs, args, notes)
     elif not args.annotations:  # these bring the outcome along
-        pairs["outcome"] = (np.sign(pairs["reward"] - pairs["reward_theirs"]) + 1) / 2
-    lost = pairs["outcome"].isna()
-    for (policy, opponent), own in pairs[lost].groupby(["policy", "opponent"], sort=False):
-        notes.append(f"{policy} against {opponent}: {len(own)} pairs are left out: {unjudged}")
-    if lost.all():
-        fail(f"no pair is judged: {'; '.join(notes)}; fix that and run again")
-    pairs = pairs[~lost]
+        difference = pairs["reward"] - pairs["reward_theirs"]
+        pairs["outcome"] = (np.sign(difference) * (difference.abs() > rounding) + 1) / 2
+    reason = "no verdict, or a reward of NaN (in FILE.pt: over --max_length)"
+    pairs = leave_out(pairs, pairs["outcome"].isna(), reason, notes)
     if args.judge_check:
-        longer = np.sign(pairs["words"] - pairs["words_theirs"])
+        longer = np.sign(pairs["chars"] - pairs["chars_theirs"])
         longer = longer.map({1: "chosen longer", 0: "as long", -1: "chosen shorter"})
         pairs = pd.concat([pairs, pairs.assign(group=longer)])
 
     # ---- figures, tables and pictures
-    means = ["reward", "tokens", "words", "eos"]
-    policies = make_records(responses[responses["kind"] != "reference"], ["policy"],
+    means = ["reward", "tokens", "chars", "eos"]
+    policies = make_records(responses[responses["key"] != "reference"], ["policy"],
                             lambda rows: rows.reindex(columns=means).mean().to_dict())
     comparisons = make_records(pairs, ["policy", "opponent"], compare)
     judge = f"judge: {judge}; {pairs['prompt'].nunique()} prompts"
     text = report(policies, comparisons, [judge, *notes])
     print("\n" + text)
     save(args.out, "evaluation.md", text)
-    result = {"arguments": vars(args), "generations": files, "oracles": oracles, "policies": policies,
-              "comparisons": comparisons, "notes": notes}
+    result = {"arguments": vars(args), "generations": files, "rounding": rounding, "policies": policies,
+              "comparisons": comparisons, "judge": judge, "notes": notes}
     result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # JSON has no NaN
     save(args.out, "evaluation.json", json.dumps(result, indent=1) + "\n")
     if args.generations:
         label = "win rate (a tie counts half)"
         save(args.out, "win_rates.png", plot_by_temperature(comparisons, "win_rate", label, 0.5, judge))
     if args.generations and not args.judge:
-        label = "normalised reward advantage\n(in standard deviations of the opponent's rewards)"
+        label = "reward difference in standard deviations of the opponent's rewards"
         save(args.out, "advantages.png", plot_by_temperature(comparisons, "advantage", label, 0, judge))
 
 
 def pair_responses(responses, opponents, notes):
     """A table of pairs: our columns, and those of the opponent with _theirs behind their names."""
-    generated = responses[responses["kind"] != "reference"]
-    policies = list(generated["policy"].unique())
+    generated = responses[responses["key"] != "reference"]
+    policies = generated["policy"].unique()
     tables = []
     for opponent in dict.fromkeys(opponents or policies):
-        same = ["prompt", "temperature", "sample"]
-        if opponent == "reference":  # it meets the policy of its own row
-            theirs = responses[responses["kind"] == "reference"]
-            same += ["generator", "group"]
-        elif opponent in policies:
-            theirs = generated[generated["policy"] == opponent]
-            same += ["group"]
-        else:  # with --group_by folder: a generator that meets all groups
-            theirs = generated[generated["generator"] == opponent]
-        if opponent != "reference" and theirs.empty:
-            fail(f"--against {opponent}: no such `generator`; there are {', '.join(policies)}, `reference`")
+        same = ["prompt", "temperature", "sample", "group"]
+        theirs = responses[responses["policy"] == opponent]
+        if "reference" in set(theirs["key"]):  # it meets the response of its own row
+            same = ["file", "line"]
+        elif theirs.empty:  # with --group_by folder: a generator that meets all groups
+            same.remove("group")
+            theirs = responses[responses["generator"] == opponent]
+        if theirs.empty:
+            fail(f"--against {opponent}: no such `generator`; there are {', '.join(policies)}, and "
+                 "`reference` where rows have one")
         ours = generated.drop(theirs.index, errors="ignore")
-        met = ours.merge(theirs, on=same, suffixes=("", "_theirs"))
-        for policy, own in ours.groupby("policy", sort=False):
-            alone = len(own) - (met["policy"] == policy).sum()
-            if alone:
-                notes.append(f"{policy} against {opponent}: {alone} of {len(own)} responses are left out: no "
-                             "partner of the same prompt, temperature and group")
-        tables.append(met.assign(opponent=opponent))
+        pairs = ours.merge(theirs, "left", same, suffixes=("", "_theirs"))
+        tables.append(pairs.assign(opponent=opponent))
     pairs = pd.concat(tables, ignore_index=True)
-    if pairs.empty:
-        fail("no two responses to compare; give policies with the same prompts and temperatures, or "
-             "--against reference and rows that carry `reference`")
-    return pairs
+    reason = "no partner of the same prompt, temperature and group"
+    return leave_out(pairs, pairs["response_theirs"].isna(), reason, notes)
+
+
+def leave_out(pairs, lost, reason, notes):
+    """The pairs that are not lost, (n,) bool. Notes how many are; ends the program if all are."""
+    for (policy, opponent), own in pairs.groupby(["policy", "opponent"], sort=False):
+        count = lost[own.index].sum()
+        if count:
+            notes.append(f"{policy} against {opponent}: {count} of {len(own)} are left out: {reason}")
+    if lost.all():
+        fail(f"no pair is left to compare: {'; '.join(notes)}")
+    return pairs[~lost]
 
 
 # ---- win rates and their intervals
@@ -160,9 +153,9 @@ def compare(pairs):
     """The figures of pairs whose outcomes are known, a dict."""
     outcomes = pairs["outcome"].to_numpy()
     prompts = pairs["prompt"].factorize()[0]
-    wins, losses = int((outcomes > 0.5).sum()), int((outcomes < 0.5).sum())
-    record = {"wins": wins, "ties": int((outcomes == 0.5).sum()), "losses": losses,
-              "decided_win_rate": wins / (wins + losses or np.nan)}
+    wins, ties, losses = (int((np.sign(outcomes - 0.5) == sign).sum()) for sign in (1, 0, -1))
+    record = {"wins": wins, "ties": ties, "losses": losses,
+              "decided_win_rate": wins / (wins + losses or np.nan) if ties else np.nan}
     values = {"win_rate": outcomes}
     if "reward" in pairs:
         difference = (pairs["reward"] - pairs["reward_theirs"]).to_numpy()
@@ -176,10 +169,10 @@ def compare(pairs):
     # the pairs of a prompt count as one cluster; with one pair a prompt this is std / sqrt(n), alpaca_eval's
     sums = np.bincount(prompts, outcomes - outcomes.mean())
     record["standard_error"] = np.sqrt(sums @ sums * len(sums) / (len(sums) - 1 or np.nan)) / len(outcomes)
-    longer = (pairs["words"] - pairs["words_theirs"]).to_numpy()
+    longer = (pairs["chars"] - pairs["chars_theirs"]).to_numpy()
     rate, interval = length_controlled(outcomes, longer, prompts)
     record |= {"length_controlled": rate, "length_controlled_interval": interval}
-    record |= {name: [pairs[name].mean(), pairs[name + "_theirs"].mean()] for name in ("words", "eos")}
+    record |= {name: [pairs[name].mean(), pairs[name + "_theirs"].mean()] for name in ("chars", "eos")}
     return record | {name: pairs[name].mean() for name in ("flip", "first") if name in pairs}
 
 
@@ -197,9 +190,9 @@ def length_controlled(outcomes, differences, prompts):
     """sigma(a), the win rate at equal length, by a logistic regression as in AlpacaEval 2 (arXiv 2404.04475),
     and its 95% interval [low, high].
 
-    P(win) = sigma(a + b tanh(d / s)). d is our words less theirs, s the standard deviation of d. a and b
-    maximise the log-likelihood less b^2 / 2. A tie is half a win. AlpacaEval 2 also has a term for the
-    difficulty of an instruction. Where one side is always the longer, this extrapolates. The interval is
+    P(win) = sigma(a + b tanh(d / s)). d is our characters less theirs, as there, s the standard deviation of
+    d. a and b maximise the log-likelihood less b^2 / 2. A tie is half a win. AlpacaEval 2 also has a term for
+    the difficulty of an instruction. Where one side is always the longer, this extrapolates. The interval is
     sigma(a -+ 1.96 se) by the delta method, the pairs of a prompt one cluster.  Args: (n,) each.
     """
     x = np.column_stack([np.ones(len(outcomes)), np.tanh(differences / (np.std(differences) or 1))])
@@ -250,7 +243,7 @@ def judge_pairs(pairs, args, notes):
         ours = pair.response.strip()
         theirs = pair.response_theirs.strip()
         reference = pair.row.get("reference") if args.judge_prompt == "summary" else None
-        shown = isinstance(reference, str) and pair.kind_theirs != "reference"
+        shown = isinstance(reference, str) and pair.opponent != "reference"
         fill = partial(JUDGE_PROMPT.format, criteria=CRITERIA[args.judge_prompt],
                        prompt=as_text(pair.row["prompt"]),
                        reference=f"<reference>\n{reference.strip()}\n</reference>\n" if shown else "")
@@ -285,19 +278,16 @@ COLUMNS = {"win rate": ("win_rate", ".3f"), "W/(W+L)": ("decided_win_rate", ".3f
            "se": ("standard_error", ".3f"), "LC": ("length_controlled", ".3f"), "flips": ("flip", ".2f"),
            "first": ("first", ".2f"), "reward": ("reward", ".3f"),
            "reward diff.": ("reward_difference", "+.3f"), "norm.": ("advantage", "+.2f"),
-           "tokens": ("tokens", ".1f"), "words": ("words", ".1f"), "EOS": ("eos", ".2f")}
+           "tokens": ("tokens", ".1f"), "chars": ("chars", ".1f"), "EOS": ("eos", ".2f")}
 LEGEND = """W/T/L: wins, ties, losses. se: the win rate's standard error. LC: the win rate at equal length.
 flips: share of pairs whose two verdicts differ. first: share of verdicts for what stands first. norm.: the
-reward difference in standard deviations of the opponent's rewards. words, EOS (the share of responses that
+reward difference in standard deviations of the opponent's rewards. chars, EOS (the share of responses that
 ended by themselves): of the policy / of the opponent. [low, high]: 95% interval over prompts, by bootstrap;
 of LC by the delta method."""
 
 
 def report(policies, comparisons, notes):
     """All tables as markdown text, padded for a terminal: the policies', then one per opponent."""
-    def show(values, form, between):
-        return between.join(format(value, form) if value == value else "-" for value in np.atleast_1d(values))
-
     tables = {}  # title -> [{column: text}]
     for record in policies + comparisons:
         row = {"policy": record["policy"], "group": record["group"],
@@ -305,12 +295,11 @@ def report(policies, comparisons, notes):
         if "wins" in record:
             row["W/T/L"] = f"{record['wins']}/{record['ties']}/{record['losses']}"
         for column, (name, form) in COLUMNS.items():
-            if name in record:
-                row[column] = show(record[name], form, " / ")
-                if name == "decided_win_rate" and not record["ties"]:  # it is the win rate
-                    row[column] = "-"
-                if name in ("win_rate", "length_controlled", "reward_difference"):
-                    row[column] += f" [{show(record[name + '_interval'], form, ', ')}]"
+            values = np.atleast_1d(record.get(name, np.nan))
+            row[column] = " / ".join("-" if np.isnan(value) else format(value, form) for value in values)
+            if name in record and column in ("win rate", "LC", "reward diff."):
+                low, high = record[name + "_interval"]
+                row[column] += f" [{low:{form}}, {high:{form}}]"
         title = f"Against {record['opponent']}" if "opponent" in record else "Policies"
         tables.setdefault(title, []).append(row)
     text = []
@@ -328,141 +317,151 @@ def report(policies, comparisons, notes):
 def plot_by_temperature(comparisons, field, label, level, judge):
     """`field` by temperature, a line per policy, a panel per group (down) and opponent; dashed at `level`."""
     records = pd.DataFrame([record for record in comparisons if record["temperature"] != "all"])
-    policies = list(records["policy"].unique())
-    opponents = records["opponent"].unique()
-    groups = records["group"].unique()
-    figure = Figure((max(6, 1 + 3.5 * len(opponents)), 2 + 2.8 * len(groups)), layout="constrained")
+    policies, opponents, groups = (list(records[name].unique()) for name in ("policy", "opponent", "group"))
+    temperatures = sorted(records["temperature"].unique())
+    apart = min(0.1, 0.8 / len(policies))  # so that no bar hides another; temperatures stand at 0, 1, ...
+    width = max(5, 3.5 * len(opponents)) / len(opponents)  # of a panel, in inches
+    figure = Figure((1 + width * len(opponents), 1.6 + 2.8 * len(groups)), layout="constrained")
     axes = figure.subplots(len(groups), len(opponents), squeeze=False, sharex=True, sharey=True).flat
-    apart = 0.02 * (np.ptp(records["temperature"]) or 1)  # so that no bar hides another
     handles = {}
     for (group, opponent), axis in zip(product(groups, opponents), axes):
-        panel = records[(records["group"] == group) & (records["opponent"] == opponent)]
+        met = records[(records["group"] == group) & (records["opponent"] == opponent)]
+        panel = met.dropna(subset=field)
         for policy, line in panel.groupby("policy", sort=False):
             k = policies.index(policy)
-            x = line["temperature"] + apart * (k - (len(policies) - 1) / 2)
-            y = line[field].to_numpy()
+            x = np.searchsorted(temperatures, line["temperature"]) + apart * (k - (len(policies) - 1) / 2)
             low, high = np.transpose(line[field + "_interval"].tolist())
-            bars = np.maximum([y - low, high - y], 0)
-            handles[policy] = axis.errorbar(x, y, bars, capsize=3, **look(k))
+            bars = np.maximum([line[field] - low, high - line[field]], 0)
+            handles[policy] = axis.errorbar(x, line[field], bars, capsize=3, **LOOKS[k % 40])
+        if panel.empty:
+            reason = "no pairs" if met.empty else "the opponent's rewards\nare all equal"
+            axis.text(0.5, 0.6, reason, transform=axis.transAxes, ha="center")
         axis.axhline(level, color="gray", linestyle="--", linewidth=1)
-        axis.set(title=f"against {opponent}" + f"\n{group}" * (group != "all"),
-                 xticks=sorted(records["temperature"].unique()))
-    figure.supxlabel(f"sampling temperature (bars: 95% bootstrap interval over prompts)\n{judge}")
-    figure.supylabel(label, multialignment="center")
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, title="policy")
-    return figure
+        title = f"against {opponent}" if group == "all" else f"against {opponent}\n{group}"
+        axis.set_title(fold(title, width - 0.5), fontsize=10)
+        axis.set_xticks(range(len(temperatures)), temperatures)
+        axis.set_xlim(-0.5, len(temperatures) - 0.5)
+    title = f"sampling temperature (bars: 95% interval over prompts)\n{judge}"
+    figure.supxlabel(fold(title, figure.get_figwidth()), fontsize=10)
+    figure.supylabel(fold(label, 4), fontsize=10, multialignment="center")
+    return add_legend(figure, handles, "policy")
 
 
 PANELS = {"loss": "per pair", "loss/distillation": "per pair", "loss/contrastive": "per pair, alpha included",
           "rewards/accuracies": "share of pairs, chosen above rejected",
-          "rewards/margins": "chosen less rejected\n(in each run's own scale)",
+          "rewards/margins": "chosen less rejected (in each run's own scale)",
           "logps/chosen": "log-probability (nats)", "logps/rejected": "log-probability (nats)",
-          "rewards/sampled": "Oracle's reward,\nsampled less reference"}
+          "rewards/sampled": "Oracle's reward, sampled less reference"}
 
 
 def plot_curves(folders):
-    """Figure 4: a line per run, a panel per figure of its log; faint: training data, marked: held out."""
+    """Figure 4: a line per run, a panel per figure of its log."""
     logs = {folder.rstrip("/"): read_log(folder) for folder in folders}
     keys = [key for key in PANELS if any({key, "eval_" + key} & set(log) for log in logs.values())]
     height = -(-len(keys) // 3)  # in panels
-    figure = Figure((12, 1.5 + 3 * height), layout="constrained")
+    figure = Figure((12, 1 + 3 * height), layout="constrained")
     handles = {}
     for place, key in enumerate(keys, 1):
         axis = figure.add_subplot(height, 3, place)
         for k, (run, log) in enumerate(logs.items()):
-            for name, faint in (key, {"alpha": 0.4, "marker": ""}), ("eval_" + key, {}):
+            for name, thin in (key, {"linewidth": 0.8, "markersize": 1.5}), ("eval_" + key, {}):
                 if name in log:
                     points = log[["step", name]].dropna().sort_values("step")
-                    handles[run], = axis.plot(points["step"], points[name], **look(k) | faint)
-        axis.set(title=key, xlabel="optimizer step", ylabel=PANELS[key])
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3,
-                  title="faint: training data; with markers: held-out data")
+                    handles[run], = axis.plot(points["step"], points[name], **LOOKS[k % 40] | thin)
+        axis.set(title=key, xlabel="optimizer step", ylabel=fold(PANELS[key], 2.5))
+    return add_legend(figure, handles, "thin: training data\nwith markers: held-out data")
+
+
+def add_legend(figure, handles, title):
+    """The figure with a legend on its right, and room for it."""
+    labels = [fold(name, 3) for name in handles]
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + 3.5, max(height, 1 + 0.2 * "\n".join(["", *labels]).count("\n")))
+    figure.legend(handles.values(), labels, loc="outside right upper", title=title)
     return figure
 
 
-def look(k):
-    """How line k looks: no two of 40 are alike."""
-    return {"color": f"C{k % 10}", "marker": "osD^vPX*"[k % 8], "linestyle": ["-", "--", ":", "-."][k % 4]}
+def fold(text, inches):
+    """The text in lines of at most this width, at 10 pt."""
+    return "\n".join(textwrap.fill(line, int(10 * inches)) for line in text.split("\n"))
+
+
+COLORS = ["#0072B2", "#D55E00", "#008A64", "#AA3377", "#000000"]  # for the colour-blind; contrast above 4:1
+LOOKS = [{"color": COLORS[k % 5], "marker": "osD^vPX*"[k % 8], "linestyle": ["-", "--", ":", "-."][k % 4]}
+         for k in range(40)]  # of line k
 
 
 # ---- from here on nothing is about the method --------------------------------------------------------------
 
 def read_responses(args, notes):
-    """(a table with a row per response, {path: sha256}). `kind` is a response's key in its file."""
-    responses = []
+    """(a table with a row per response, {path: sha256}). `key` is a response's key in its row of the file."""
+    table = []
     files = {}
-    by = args.group_by
-    numbers = ["tokens", "eos", "outcome"]  # of a row, where it has them
-    for path in args.generations or args.judge_check or args.annotations:
-        if os.path.realpath(path) in map(os.path.realpath, files):
-            fail(f"{path}: it is named twice; name it once")
-        files[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        if args.generations:
-            rows = list(read_generations(path, "reference" in (args.against or [])))
-        else:
-            rows = list(read_labelled_pairs(path, notes) if args.judge_check else read_annotations(path))
-        if not rows:
-            fail(f"{path}: it holds nothing to compare; give it rows, and not ties alone")
-        for line, kind, row in rows:
-            policy = row["generator"]
-            group = "all"
-            if by == "folder":
-                folder, policy = os.path.split(policy.rstrip("/"))
-                group = f"folder {folder}"
-            elif by and by not in row:
-                fail(f"--group_by {by}: {path}, line {line} has no such key, only {', '.join(row)}")
-            elif by:
-                group = f"{by} {row[by]}"
-            kept = {key: row.get(key) for key in ("generator", "temperature", "response", *numbers)}
-            responses.append(kept | {
-                "file": path, "line": line, "kind": kind, "row": row, "policy": policy, "group": group,
-                "prompt": json.dumps(row["prompt"], sort_keys=True), "words": len(row["response"].split())})
-    responses = pd.DataFrame(responses)
-    responses[numbers] = responses[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
-    responses.loc[responses["kind"] == "reference", "eos"] = np.nan  # nobody knows
-    same = responses.groupby(["generator", "kind", "prompt", "temperature", "group"])
-    return responses.assign(sample=same.cumcount()), files
+    for path in dict.fromkeys(args.generations or args.judge_check or args.annotations):
+        data = Path(path).read_bytes()
+        files[path] = hashlib.sha256(data).hexdigest()
+        place = path
+        ties = 0
+        try:
+            for line, row in enumerate(json.loads(data) if args.annotations else data.splitlines(), 1):
+                place = f"{path}, line {line}"
+                rows = responses_of(row if args.annotations else json.loads(row), args, place)
+                table += [columns_of(row, args) | {"file": path, "line": line, "key": key}
+                          for key, row in rows.items()]
+                ties += not rows
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # no JSON, no UTF-8, no text
+            fail(f"{place}: cannot use it ({error!r:.100}); each row needs the texts prompt, response and "
+                 "generator, and a number, temperature; with --judge_check prompt, chosen and rejected; with "
+                 "--annotations what alpaca_eval writes")
+        if ties:
+            notes.append(f"{path}: {ties} of {line} pairs are ties by their labels: left out")
+    if not table:
+        fail(f"{', '.join(files)}: nothing to compare; give rows, and not ties alone")
+    table = pd.DataFrame(table)
+    numbers = ["tokens", "eos", "outcome"]  # where rows have them
+    table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    table.loc[table["key"] == "reference", "eos"] = np.nan  # nobody knows
+    same = table.groupby(["generator", "prompt", "temperature", "group"])
+    return table.assign(sample=same.cumcount()), files
 
 
-def read_generations(path, with_references):
-    """Yields (line, kind, row) of each response that is compared."""
-    for line, row in read_text_rows(path, ["prompt", "response", "generator"]):
-        if not (isinstance(row.get("temperature"), (int, float)) and abs(row["temperature"]) < np.inf):
-            fail(f"{path}, line {line}: no `temperature` number; every row needs one")
-        yield line, "response", row
-        if with_references and isinstance(row.get("reference"), str):
-            yield line, "reference", row | {"response": row["reference"], "tokens": None, "eos": True}
+def responses_of(row, args, place):
+    """{key: the row with that text as its `response`} of each response in a row that is compared."""
+    if args.annotations:  # 1: output_1 is preferred, 2: output_2, 1.5 or 0: neither, None: unknown
+        second = np.nan if row["preference"] is None else float(row["preference"] or 1.5) - 1
+        return {f"output_{k}": {"prompt": place, "response": row[f"output_{k}"], "temperature": "-",
+                                "generator": row[f"generator_{k}"], "outcome": outcome}
+                for k, outcome in ((2, second), (1, 1 - second))}
+    if args.judge_check:
+        keys = [] if row.get("tie") else ["chosen", "rejected"]
+        return {key: row | {"response": row[key], "generator": key, "temperature": "-"} for key in keys}
+    rows = {"response": row}
+    if "reference" in (args.against or []) and isinstance(row.get("reference"), str):
+        more = {"response": row["reference"], "generator": "reference", "tokens": None, "eos": True}
+        rows["reference"] = row | more
+    return rows
 
 
-def read_labelled_pairs(path, notes):
-    """The same of pairs that people labelled: the generators are `chosen` and `rejected`."""
-    line = ties = 0
-    for line, row in read_text_rows(path, ["prompt", "chosen", "rejected"]):
-        if row.get("tie"):
-            ties += 1
-            continue
-        for kind in ("chosen", "rejected"):
-            yield line, kind, row | {"response": row[kind], "generator": kind, "temperature": "-"}
-    notes.append(f"{ties} of {line} pairs are ties by their labels: left out")
-
-
-def read_annotations(path):
-    """The same of alpaca_eval's annotations.json. Each row is a pair of its own and brings its `outcome`."""
-    try:
-        for line, row in enumerate(json.loads(Path(path).read_bytes()), 1):
-            preference = row["preference"]  # 1: output_1 wins, 2: output_2, 1.5 or 0: a tie, None: unknown
-            second = np.nan if preference is None else float(preference or 1.5) - 1
-            for number, outcome in (2, second), (1, 1 - second):
-                yield line, f"output_{number}", {
-                    "prompt": f"{path}, row {line}", "response": row[f"output_{number}"] + "",
-                    "generator": row[f"generator_{number}"] + "", "outcome": outcome, "temperature": "-"}
-    except (ValueError, KeyError, TypeError) as error:
-        fail(f"{path}: cannot use it ({error!r:.100}); name the annotations.json of alpaca_eval")
+def columns_of(row, args):
+    """A response's columns in the table. An error if one of its texts is none."""
+    (as_text(row["prompt"]) + row["response"] + row["generator"]).encode()
+    if args.generations and not abs(row["temperature"]) < np.inf:
+        raise ValueError("temperature")
+    policy = row["generator"]
+    group = "all"
+    if args.group_by == "folder":
+        folder, policy = os.path.split(policy.rstrip("/"))
+        group = f"folder {folder}"
+    elif args.group_by:
+        group = f"{args.group_by} {row[args.group_by]}"
+    own = {key: row.get(key) for key in ("response", "generator", "temperature", "tokens", "eos", "outcome")}
+    return own | {"policy": policy, "group": group, "prompt": json.dumps(row["prompt"], sort_keys=True),
+                  "chars": len(row["response"].strip()), "row": row}
 
 
 def write_alpaca_eval(responses, out):
     """Writes each policy's responses as alpaca_eval reads them, its --model_outputs."""
-    for policy, own in responses[responses["kind"] == "response"].groupby("policy"):
+    for policy, own in responses[responses["key"] == "response"].groupby("policy"):
         if own["prompt"].duplicated().any():
             fail(f"--alpaca_eval: {policy} answers a prompt several times; generate at one --temperature")
         rows = [{"instruction": as_text(row["prompt"]), "output": row["response"].strip(),
@@ -470,45 +469,54 @@ def write_alpaca_eval(responses, out):
         save(out, f"{policy.replace('/', '_')}_outputs.json", json.dumps(rows, indent=1, ensure_ascii=False))
 
 
+FP32 = 1e-5  # of the mean |reward|: above what batches of other shapes change in the fp32 of a deep model
+
+
 def read_rewards(paths, files, responses, notes):
-    """Adds the column `reward`, the mean over Oracles (NaN if one is). Returns the Oracles' names, and notes
-    which policies they taught."""
-    paths = paths or [os.path.join(os.path.dirname(data), "rewards.pt") for data in files]
-    if not len(files) == len(paths) == len(set(paths)):
-        fail(f"--rewards {' '.join(paths)}: {len(files)} files need one each, in order; run "
-             "precompute_rewards.py with an --out for each")
+    """Adds the column `reward`, the mean over Oracles (NaN if one is). Returns the Oracles' names, and the
+    difference up to which rewards tie: the largest between rewards of equal texts and prompts, as two files
+    bring them, and FP32 at least. So equal texts tie. Notes it, and which policies the Oracles taught."""
+    beside = [os.path.splitext(data)[0] + ".pt" for data in files]
+    paths = paths or beside
+    if len(files) != len(paths):
+        fail(f"--rewards {' '.join(paths)}: {len(files)} files need one each, in order")
     oracles = None
-    for path, (data, sha256) in zip(paths, files.items()):
-        fix = f"run precompute_rewards.py --data {data} with an --out of its own"
-        held = load_rewards(path, f"{fix}, or give --rewards or another judge")
+    for path, (data, sha256), default in zip(paths, files.items(), beside):
+        fix = f"run precompute_rewards.py --data {data} --out {default}"
+        own = responses[responses["file"] == data]
+        held = load_rewards(path, own["key"].unique(), f"{fix}, or give --rewards or another judge")
         if held.get("data_sha256") != sha256:
             fail(f"{path}: it does not score {data} (sha256 {sha256}); keep the files in order, or {fix}")
         oracles = oracles or held["oracles"]
         if held["oracles"] != oracles:
             fail(f"{path}: scored by {held['oracles']}, but {paths[0]} by {oracles}; score all by the same")
-        for kind, own in responses[responses["file"] == data].groupby("kind"):
-            size = own["line"].max()
-            if not getattr(held.get(kind), "shape", ())[1:] >= (size,):
-                fail(f"{path}: no `{kind}` rewards of {size} rows; {fix} on rows that carry `{kind}`")
-            responses.loc[own.index, "reward"] = held[kind].double().mean(0).numpy()[own["line"] - 1]
-    for generator, data in dict.fromkeys(zip(responses["generator"], responses["file"])):
-        folder = Path(generator if os.path.isdir(generator) else os.path.dirname(data))
-        if re.fullmatch(r"step\d+", folder.name):
-            folder = folder.parent
+        for key, lines in own.groupby("key")["line"]:
+            responses.loc[lines.index, "reward"] = held[key].double().mean(0).numpy()[lines - 1]
+
+    equal = responses.groupby(["prompt", "response"])["reward"]
+    measured = (equal.max() - equal.min()).max()
+    rounding = max(FP32 * responses["reward"].abs().mean(), measured)
+    source = f"{FP32} of the mean |reward|" if rounding > measured else "so much do those of equal texts"
+    notes.append(f"rewards that differ by {rounding:.1e} or less tie: {source}")
+    for generator in responses["generator"].unique():
+        folder = re.sub(r"/step\d+$", "", generator)  # of a run with --keep_steps
         with suppress(OSError, ValueError, KeyError, TypeError):  # not every policy is align.py's
-            teachers = json.loads((folder / "args.json").read_bytes())["oracles"]
+            teachers = json.loads(Path(folder, "args.json").read_bytes())["oracles"]
             if {*map(os.path.realpath, teachers)} & {*map(os.path.realpath, oracles)}:
                 notes.append(f"the judge {', '.join(oracles)} taught {generator}: it may favour its pupil")
-    return oracles
+    return ", ".join(oracles), rounding
 
 
-def load_rewards(path, fix):
-    """The dict that precompute_rewards.py wrote."""
+def load_rewards(path, keys, fix):
+    """The dict that precompute_rewards.py wrote of rows that carry these keys."""
     import torch  # here, since the other judges need no torch
     try:
-        return {"oracles": [], **torch.load(path, weights_only=True)}
+        held = {"oracles": [], **torch.load(path, weights_only=True)}
     except Exception as error:
         fail(f"{path}: cannot read it ({error!r:.100}); {fix}")
+    if not held.keys() >= set(keys):
+        fail(f"{path}: no rewards of {' and '.join(keys)}; {fix}, on rows that carry them")
+    return held
 
 
 def call_reward_fn(spec, responses):
@@ -519,14 +527,11 @@ def call_reward_fn(spec, responses):
     try:
         function = runpy.run_path(path)[name]
         for response in tqdm(responses.itertuples(), "reward_fn", len(responses), unit="row"):
-            place = f"it fails on the {response.kind} of {response.file}, line {response.line}"
+            place = f"it fails on the {response.key} of {response.file}, line {response.line}"
             rewards.append(float(0.0 + function(dict(response.row))))  # a TypeError if it is no number
     except Exception as error:
         fail(f"--reward_fn {spec}: {place} ({error!r}); write FILE.py:FUNCTION that returns a number")
-    return np.array(rewards, float)
-
-
-PATIENCE = 30  # seconds without an answer until the user is told
+    return rewards
 
 
 def ask(args, messages, notes):
@@ -543,7 +548,8 @@ def ask(args, messages, notes):
         try:
             chat = [{"role": "user", "content": message}]
             reply = client.chat.completions.create(model=args.judge, messages=chat, **sampling)
-            return message, reply.choices[0].message.content or "", "an empty answer"
+            answer = reply.choices[0].message.content or ""
+            return message, answer, f"it said {answer!r:.60}"
         except Exception as error:  # a server that fails may send anything
             return message, "", error
 
@@ -562,23 +568,15 @@ def ask(args, messages, notes):
                 known[held["key"]] = held["answer"]
         answers = {message: known[name] for message, name in names.items() if name in known}
         missing = [message for message in names if message not in answers]
-        print(f"{args.judge}: {len(names)} requests, {len(answers)} answered in {path}")
+        print(f"{args.judge} at {client.base_url}: {len(names)} requests, {len(answers)} answered in {path}")
         replies = pool.imap_unordered(request, missing)
-        for _ in tqdm(missing, args.judge, unit="request"):
-            reply = None
-            while not reply:
-                try:
-                    reply = replies.next(PATIENCE)
-                except TimeoutError:
-                    tqdm.write(f"{client.base_url} has not answered for {PATIENCE} s", sys.stderr)
-            message, answer, error = reply
+        for message, answer, error in tqdm(replies, args.judge, len(missing), unit="request"):
             if not np.isnan(verdict(answer)):
                 answers[message] = answer
                 held = {"key": names[message], "model": args.judge, "answer": answer}
                 print(json.dumps(held), file=cache, flush=True)
             else:
-                reason = f"it said {answer!r:.60}" if answer else str(error).replace(key, "[key]")
-                failed.append(" ".join(reason.split())[:300])
+                failed.append(" ".join(str(error).replace(key, "[key]").split())[:300])
             refused = isinstance(error, openai.BadRequestError) and answers  # as by a content filter
             in_a_row = 0 if answer else in_a_row + (not refused)
             if in_a_row == 10:  # it is no accident
@@ -595,49 +593,21 @@ def ask(args, messages, notes):
 
 def read_log(folder):
     """A table of log.jsonl, and of the rewards that an Oracle gave to the generations of kept steps."""
-    path = os.path.join(folder, "log.jsonl")
-    log = [row for _, row in read_rows(path, [])]
-    for rewards in Path(folder).glob("step*/rewards.pt"):
-        step = rewards.parent.name.removeprefix("step")
-        if not step.isdigit():  # somebody's copy
-            continue
-        held = load_rewards(rewards, "score the generations of that folder again")
-        if not {"response", "reference"} <= held.keys():
-            fail(f"{rewards}: no rewards of references; generate from prompts that carry `reference`")
-        advantage = (held["response"] - held["reference"]).nanmean().item()
-        log.append({"step": int(step), "eval_rewards/sampled": advantage})
+    path = Path(folder, "log.jsonl")
+    try:
+        log = [json.loads(line) for line in path.read_bytes().splitlines()]
+    except ValueError as error:
+        fail(f"{path}: {error}; it is not as align.py wrote it")
+    for rewards in Path(folder).glob("step*_generations.pt"):
+        step = rewards.name.removeprefix("step").removesuffix("_generations.pt")
+        if step.isdigit():  # else it is somebody's copy
+            held = load_rewards(rewards, ["response", "reference"], "score the generations of that step")
+            advantage = (held["response"] - held["reference"]).nanmean().item()
+            log.append({"step": int(step), "eval_rewards/sampled": advantage})
     log = pd.DataFrame(log)
     if "step" not in log or not {name.removeprefix("eval_") for name in log} & PANELS.keys():
         fail(f"{path}: no line has `step` and one of {', '.join(PANELS)}; name folders of align.py")
     return log
-
-
-def read_text_rows(path, keys):
-    """The same as read_rows. It also refuses rows without text under `keys`; `prompt` may be messages."""
-    for number, row in read_rows(path, keys):
-        for key in keys:
-            try:
-                text = as_text(row[key]) if key == "prompt" else row[key]
-                text.encode()  # half a surrogate pair is no text
-            except (AttributeError, KeyError, TypeError, UnicodeError) as error:
-                fail(f"{path}, line {number}: `{key}` holds no text ({error!r:.100}); give it some")
-        yield number, row
-
-
-def read_rows(path, keys):
-    """Yields (line number, row) of a JSONL file, each a dict that has these keys."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("it holds no object")
-            except ValueError as error:  # no JSON, no UTF-8, no object
-                fail(f"{path}, line {number}: {error}; write one JSON object a line, in UTF-8")
-            missing = [key for key in keys if key not in row]
-            if missing:
-                fail(f"{path}, line {number}: no {missing[0]!r}; write an object with {', '.join(keys)}")
-            yield number, row
 
 
 def save(folder, name, content):
@@ -668,28 +638,28 @@ def parse_args(argv):
     flag("--judge_check", nargs=1, metavar="FILE", help="JSONL of pairs that people labelled: how often the "
          "judge prefers the chosen response. Rows whose `tie` is true are left out")
     flag("--annotations", nargs="+", metavar="FILE", help="annotations.json of the package alpaca_eval")
-    flag("--curves", nargs="+", metavar="FOLDER", help="draw these folders' log.jsonl and step*/rewards.pt")
+    flag("--curves", nargs="+", metavar="FOLDER", help="draws their log.jsonl and step*_generations.pt")
     flag = parser.add_argument_group("what is compared").add_argument
     flag("--against", nargs="+", metavar="NAME", help="opponents: generators, or `reference`, the rows' "
          "reference text; not given: every other generator")
     flag("--group_by", metavar="KEY", help="a key of the rows; each value gets its own figures. Or `folder`: "
          "the generator out/opt-125m/drdo is the policy drdo in the group out/opt-125m")
     flag("--alpaca_eval", action="store_true", help="only write the generations as alpaca_eval reads them")
-    group = parser.add_argument_group("who judges; not given: the rewards.pt beside each file")
-    flag = group.add_mutually_exclusive_group().add_argument
+    flag = parser.add_argument_group("who judges; not given: FILE.pt beside each FILE.jsonl").add_argument
     flag("--rewards", nargs="+", metavar="FILE", help="one per file that is read, in order")
     flag("--reward_fn", metavar="FILE.py:FUNCTION", help="a row (dict) in, its reward out")
     flag("--judge", metavar="MODEL", help="a chat model at the API that OPENAI_API_KEY and OPENAI_BASE_URL "
          "name, two requests a pair; a run that was cut off goes on with the answers in OUT/verdicts.jsonl")
-    group.add_argument("--judge_prompt", choices=list(CRITERIA), default="instruction",
-                       help="what it judges; with a summary it sees the row's `reference` (%(default)s)")
-    group.add_argument("--judge_temperature", type=float, help="not given: none is sent")
+    flag("--judge_prompt", choices=list(CRITERIA), default="instruction",
+         help="what it judges; with a summary it sees the row's `reference` (%(default)s)")
+    flag("--judge_temperature", type=float, help="not given: none is sent")
     parser.add_argument("--out", default="out/evaluation", help="folder to write to (%(default)s)")
     args = parser.parse_args(argv)
     if args.alpaca_eval and not args.generations:
         fail("--alpaca_eval: it writes --generations; name them")
-    if args.annotations and (args.judge or args.reward_fn or args.rewards or args.group_by):
-        fail("--annotations: these are verdicts; leave out --judge, --rewards, --reward_fn and --group_by")
+    judges = [args.annotations, args.rewards, args.reward_fn, args.judge]
+    if len(judges) - judges.count(None) > 1 or args.annotations and args.group_by:
+        fail("--annotations, --rewards, --reward_fn, --judge: give one; and no --group_by of annotations")
     return args
 
 

@@ -77,7 +77,7 @@ def main():
             shell(block("python evaluate.py --judge_check"), bar)
             for line in re.findall(r"`(evaluate.py --[^`]*)`", TEXT):
                 shell(f"python {line}", bar)
-            shell(block(f"python evaluate.py --generations out/{PHI}/{{drdo,dpo,edpo}}/alpaca.jsonl"), bar)
+            shell(block(f"python evaluate.py --generations out/{PHI}/{{drdo,dpo,edpo}}_alpaca.jsonl"), bar)
         run_python()
         check()
 
@@ -183,13 +183,13 @@ def rows_of(path):
     return [json.loads(line) for line in open(path)]
 
 
-def answers(policy, name="generations.jsonl", score=None):
+def answers(policy, name="generations", score=None):
     """{(prompt, temperature): score of its row}; without `score` the Oracle's reward."""
-    rows = rows_of(f"out/{policy}/{name}")
+    rows = rows_of(f"out/{policy}_{name}.jsonl")
     if score:
         scores = [score(row) for row in rows]
     else:
-        scores = torch.load(f"out/{policy}/rewards.pt", weights_only=True)["response"][0].tolist()
+        scores = torch.load(f"out/{policy}_{name}.pt", weights_only=True)["response"][0].tolist()
     return {(json.dumps(row["prompt"]), row["temperature"]): value for row, value in zip(rows, scores)}
 
 
@@ -221,14 +221,14 @@ def expected_values():
         rewards = answers(f"{split}/{policy}")
         difference = sum(rewards[key] - start[key] for key in rewards) / len(rewards)
         expected["figure3", policy, "out/sft", group] = "reward_difference", difference
-        ours = answers(f"{split}/{policy}", "t0.7.jsonl", length)
-        references = answers(f"{split}/{policy}", "t0.7.jsonl", reference_length)
+        ours = answers(f"{split}/{policy}", "t0.7", length)
+        references = answers(f"{split}/{policy}", "t0.7", reference_length)
         expected["table1", policy, "reference", group] = "win_rate", win_rate(ours, references)
         if policy != "dpo":
-            theirs = answers(f"{split}/dpo", "t0.7.jsonl", length)
+            theirs = answers(f"{split}/dpo", "t0.7", length)
             expected["table1", policy, "dpo", group] = "win_rate", win_rate(ours, theirs)
     expected["alpaca", "drdo", "dpo", "all"] = "win_rate", 2 / 3
-    ours, theirs = (answers(f"{PHI}/{policy}", "alpaca.jsonl", length) for policy in ("drdo", "dpo"))
+    ours, theirs = (answers(f"{PHI}/{policy}", "alpaca", length) for policy in ("drdo", "dpo"))
     expected["table3", f"out/{PHI}/drdo", f"out/{PHI}/dpo", "all"] = "win_rate", win_rate(ours, theirs)
     pairs = rows_of("data/all/validation.jsonl")
     saved = torch.load("validation.pt", weights_only=True)
@@ -252,7 +252,7 @@ def check():
                  if [record["policy"], record["opponent"], record["group"]] == comparison]
         assert found and abs(found[-1] - value) < 1e-5, (key, name, value, found)
     outputs = [row["output"] for row in json.load(open(f"out/alpaca/out_{PHI}_drdo_outputs.json"))]
-    assert outputs == [row["response"].strip() for row in rows_of(f"out/{PHI}/drdo/alpaca.jsonl")]
+    assert outputs == [row["response"].strip() for row in rows_of(f"out/{PHI}/drdo_alpaca.jsonl")]
     ends = json.load(open(f"out/{PHI}/drdo/generation_config.json"))["eos_token_id"]
     control = {token["content"]: token["id"] for token in json.load(
         open(f"out/{PHI}/drdo/tokenizer.json"))["added_tokens"]}
