@@ -187,6 +187,8 @@ def test_answers_of_such_a_model_are_written_all_the_same(tmp_path, capsys, conf
     padding would change their state. The text at temperature 0 is that of the model's own argmax."""
     tokenizer = byte_level()
     model = small_model(tmp_path, tokenizer, config, **shape)
+    model.generation_config.update(repetition_penalty=5.0)  # which is not the policy's own distribution
+    model.generation_config.save_pretrained(tmp_path)
     prompts = ["Who wrote Hamlet?", "Why?", "And then?"]
     toy.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     call("generate.py", "--model", tmp_path, "--prompts", tmp_path / "prompts.jsonl", "--temperature", 0, 1,
