@@ -24,6 +24,8 @@ hc_he has the pairs above both medians of all/train, of confidence and edit dist
   still hold out prompts of the train rows. These leave all/train and sft/train too.
 - A set with confidences loses its train rows without one. A set without confidences becomes `all` alone.
 - Ties are dropped, since their order is arbitrary: pairs with a true `tie` or two equal ratings.
+- The edit distance counts words. In scripts without spaces (Chinese, Japanese, Thai, Lao, Tibetan, Burmese,
+  Khmer) each character is a word, if such characters are at least as many as the words, in both responses.
 tests/PAPER.md has the reasons, and the other places where the paper leaves a choice.
 """
 import argparse
@@ -150,6 +152,7 @@ def read_set(name, args, store, label=None):
             notes["contradict an earlier pair"] += hash((prompt, rejected, chosen)) in seen
             seen.add(hash((prompt, chosen, rejected)))
             notes["with `system` or `history`, now messages"] += any(context.values())
+            notes["without spaces: edit distance by characters"] += "rejected" in row and is_unspaced(row)
         rows[side].append(add(store, row, args.seed, whole=label is not None))
     reasons = ", ".join(f"{count:,} {why}" for why, count in dropped.items()) or "none"
     counts = " and ".join(f"{len(rows[side]):,} {side}" for side in rows if rows[side])
@@ -275,14 +278,23 @@ def as_messages(turns):
 
 def token_edit_distance(row, of):
     """Levenshtein's distance of the responses' words, over the longer length. `of`: responses or texts."""
+    words = r"\S+"
+    if is_unspaced(row):
+        words = rf"[{UNSPACED}]|[^\s{UNSPACED}]+"
     post = []
     if of == "texts":  # of TL;DR's prompts the post alone counts: that gives the paper's means
         prompt = row["prompt"]
         turns = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-        post = " ".join(turns).split("\n\nPOST: ")[-1].removesuffix("TL;DR:").split()
-    chosen = post + row["chosen"].split()
-    rejected = post + row["rejected"].split()
+        post = re.findall(words, " ".join(turns).split("\n\nPOST: ")[-1].removesuffix("TL;DR:"))
+    chosen = post + re.findall(words, row["chosen"])
+    rejected = post + re.findall(words, row["rejected"])
     return round(Levenshtein.normalized_distance(chosen[:50_000], rejected[:50_000]), 4)  # more takes minutes
+
+
+def is_unspaced(row):
+    """Whether both responses have at least as many characters of scripts without spaces as words."""
+    texts = row["chosen"], row["rejected"]
+    return all(len(re.findall(f"[{UNSPACED}]", text)) >= len(text.split()) for text in texts)
 
 
 def add(store, row, seed, whole):
@@ -343,6 +355,9 @@ ARTICLE = "Summarize this news article clearly and concisely. Use TL;DR in your 
 TLDR = "SUBREDDIT: r/{}\n\nTITLE: {}\n\nPOST: {}\n\nTL;DR:"  # OpenAI's query format
 ROLES = "system", "developer", "user", "assistant", "tool"
 ANSWERS = "chosen", "rejected", "reference"
+# Scripts without spaces between words: Thai to Burmese, Khmer, Chinese and Japanese with their punctuation
+UNSPACED = (r"\u0e00-\u109f\u1780-\u17ff\u3001-\u312f\u3190-\u9fff\uf900-\ufaff\uff01-\uff9f"
+            r"\U00020000-\U0003ffff")
 CONTEXT = "system", "system_prompt", "history"  # columns that belong to the prompt
 # The better and the worse response's rating, as published sets (trl-lib, H4, argilla) name them
 RATINGS = [("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"),

@@ -182,6 +182,23 @@ def test_the_edit_distance_is_levenshteins_over_words_by_the_longer_length(tmp_p
         assert read(tmp_path / "data/all/train.jsonl")[0]["edit_distance"] == round(expected, 4)
 
 
+@pytest.mark.parametrize("chosen, rejected, by_characters, expected", [
+    ("我今天去公园散步看见很多花开了心里非常高兴然后就回家吃了晚饭", "我今天去公园散步看见很多树开了心里非常高兴然后就回家吃了晚饭", True, 1 / 30),
+    ("猫が好きです。", "犬が好きです。", True, 1 / 7),
+    ("ฉันชอบแมว", "ฉันชอบหมา", True, 2 / 9),
+    ("好", "好的", True, 1 / 2),
+    ("使用 PyTorch 训练", "使用 JAX 训练", True, 1 / 5),  # five words, four of them characters
+    ("He said 你好 to me", "He said 您好 to me", False, 1 / 5),  # more words than characters
+    ("你好吗", "Hello to you", False, 3 / 3),
+    ("나는 고양이를 좋아해요", "나는 강아지를 좋아해요", False, 1 / 3),  # Korean has spaces
+])
+def test_in_scripts_without_spaces_the_edit_distance_counts_characters(tmp_path, chosen, rejected,
+                                                                       by_characters, expected):
+    rows, stdout = made(tmp_path, [{"prompt": "a", "chosen": chosen, "rejected": rejected}])
+    assert rows[0]["edit_distance"] == round(expected, 4)
+    assert ("of these 1 without spaces: edit distance by characters" in stdout) == by_characters
+
+
 def test_a_prompt_is_held_out_by_a_hash_of_the_seed_and_its_text(tmp_path):
     raw = rated_pairs(400, prompts=200)
     write(tmp_path / "raw.jsonl", raw)
