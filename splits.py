@@ -1,4 +1,4 @@
-"""Turns raw preference sets into data/{all,hc_he,lc_le}/{train,validation}.jsonl, and prints Table 5.
+"""Turns raw preference sets into data/{all,hc_he,lc_le,judge}/{train,validation}.jsonl, and prints Table 5.
 Turns SFT sets into data/sft/{train,validation}.jsonl, and prompt sets into data/prompts/NAME.jsonl.
 
     python splits.py --dataset openai/summarize_from_feedback CarperAI/openai_summarize_tldr
@@ -20,6 +20,8 @@ hc_he has the pairs above both medians of all/train, of confidence and edit dist
   if a hash of --seed and its text (of a conversation that message) falls below --validation_fraction. So it
   is on the same side in every set, and in every call with these two flags. (If no prompt of a tiny set falls
   below, one is held out, in this call alone.)
+- --judge_fraction sets pairs apart for a judge, a reward model that teaches no policy. Another hash chooses
+  their prompts; they leave every other file but those of --prompts. judge/validation has a share of them.
 - A validation split that a set brings is all/validation. Its prompts leave every train set. hc_he and lc_le
   still hold out prompts of the train rows. These leave all/train and sft/train too.
 - A set with confidences loses its train rows without one. A set without confidences becomes `all` alone.
@@ -76,9 +78,13 @@ def main():
         print(f"without a confidence, left out: {len(pairs['train']) - len(rated):,} train rows")
         pairs["train"] = rated
     of_pairs = {row.prompt for row in pairs["train"]} - own
-    of_sft = {row.prompt for row in sft["train"]} - own
-    held = {prompt for prompt in of_pairs | of_sft if prompt / 2**64 < args.validation_fraction}
-    for prompts, spared in (of_pairs, set()), (of_sft, of_pairs):  # one at least
+    judge = {prompt for prompt in of_pairs if prompt % 2**32 / 2**32 < args.judge_fraction}
+    if args.judge_fraction and not judge:
+        fail(f"--judge_fraction {args.judge_fraction}: no prompt of a pair falls to the judge; raise it")
+    of_pairs -= judge
+    of_sft = {row.prompt for row in sft["train"]} - own - judge
+    held = {prompt for prompt in of_pairs | of_sft | judge if prompt / 2**64 < args.validation_fraction}
+    for prompts, spared in (of_pairs, set()), (of_sft, of_pairs), (judge, set()):  # one at least
         if args.validation_fraction > 0 and len(prompts) > 1 and not prompts & held:
             held.add(min(prompts - spared or prompts))
 
@@ -89,16 +95,20 @@ def main():
             continue
         for rows in kind.values():
             random.Random(args.seed).shuffle(rows)
-        fresh = [row for row in kind["train"] if row.prompt not in own]
-        train = [row for row in fresh if row.prompt not in held]
-        held_rows = [row for row in fresh if row.prompt in held]
+        fresh, dropped = divide(kind["train"], own)
+        rest, judged = divide(fresh, judge)
+        train, held_rows = divide(rest, held)
+        if args.judge_fraction:
+            print(f"{name}: {len(judged):,} of {len(fresh):,} train rows are left to the judge, by prompt")
         if own:
             print(f"{name}: of {len(kind['train']):,} train rows, {len(held_rows):,} held out by prompt, "
-                  f"{len(kind['train']) - len(fresh):,} dropped as a validation split has their prompt")
+                  f"{len(dropped):,} dropped as a validation split has their prompt")
         if not train:
-            fail(f"--dataset: no training rows are left of the {name}; lower --validation_fraction")
+            fail(f"--dataset: no training rows are left of the {name}; lower --validation_fraction"
+                 " or --judge_fraction")
         validation = kind["validation"] or held_rows
         if kind is pairs:
+            files["judge/train.jsonl"], files["judge/validation.jsonl"] = divide(judged, held)
             files |= three_parts(train, held_rows, validation)
             print_table_5(files)
         else:
@@ -113,6 +123,12 @@ def main():
         count = min(args.num_prompts or len(unique), len(unique))
         files[f"prompts/{label}.jsonl"] = random.Random(args.seed).sample(list(unique.values()), count)
     write_files(files, args, store)
+
+
+def divide(rows, prompts):
+    """(the rows with none of these prompts, the rows with one of them)"""
+    return ([row for row in rows if row.prompt not in prompts],
+            [row for row in rows if row.prompt in prompts])
 
 
 def read_set(name, args, store, label=None):
@@ -588,6 +604,9 @@ def parse_args():
     add = parser.add_argument_group("output (default)").add_argument
     add("--out", default="data", help="folder to write to, with room for all rows twice (%(default)s)")
     add("--validation_fraction", type=float, default=0.1, help="share of the prompts held out (%(default)s)")
+    add("--judge_fraction", type=float, default=0.0,
+        help="share of the pairs' training prompts for data/judge, pairs of which no other file has the prompt: "
+             "they train a judge that taught no policy (%(default)s)")
     add("--num_prompts", type=int, default=1000, help="random prompts of a prompt set, 0: all (%(default)s)")
     add("--seed", type=int, default=0, help="picks held-out and random prompts, and the order (%(default)s)")
     add("--keep_ties", action="store_true",
@@ -601,8 +620,9 @@ def parse_args():
         fail("--dataset: a set is named twice; name it once")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         fail(f"--out {args.out}: that is a file; name a folder")
-    if not 0 <= args.validation_fraction < 1:
-        fail(f"--validation_fraction {args.validation_fraction}: give a share of at least 0 and below 1")
+    for flag in "validation_fraction", "judge_fraction":
+        if not 0 <= getattr(args, flag) < 1:
+            fail(f"--{flag} {getattr(args, flag)}: give a share of at least 0 and below 1")
     if args.num_prompts < 0:
         fail(f"--num_prompts {args.num_prompts}: give a number of prompts, or 0 for all")
     labels = [os.path.basename(os.path.normpath(name)).replace(":", "-") for name in args.prompts]

@@ -199,6 +199,36 @@ def test_in_scripts_without_spaces_the_edit_distance_counts_characters(tmp_path,
     assert ("of these 1 without spaces: edit distance by characters" in stdout) == by_characters
 
 
+def test_the_judge_gets_prompts_that_no_other_file_has(tmp_path):
+    write(tmp_path / "raw.jsonl", rated_pairs(400, prompts=200))
+    write(tmp_path / "sft.jsonl", [{"prompt": f"Ask {i}?", "chosen": "yes"} for i in range(220)])
+    stdout = run(tmp_path, "--dataset", "raw.jsonl", "sft.jsonl", "--judge_fraction", 0.3, "--seed", 7)
+    raw = prompts_of(tmp_path / "raw.jsonl")
+    digests = {prompt: hashlib.sha256(f"7 {prompt}".encode()).hexdigest() for prompt in raw}
+    judge = {prompt for prompt in raw if int(digests[prompt][8:16], 16) / 16**8 < 0.3}
+    held = {prompt for prompt in judge if int(digests[prompt][:16], 16) / 16**16 < 0.1}
+    assert prompts_of(tmp_path / "data/judge/train.jsonl") == judge - held
+    assert prompts_of(tmp_path / "data/judge/validation.jsonl") == held and len(held) > 2
+    others = [prompts_of(tmp_path / f"data/{part}.jsonl") for part in PARTS]
+    assert set.union(*others) == raw - judge and others[0] and others[1]
+    sft = [prompts_of(tmp_path / f"data/sft/{side}.jsonl") for side in ("train", "validation")]
+    assert set.union(*sft) == {f"Ask {i}?" for i in range(220)} - judge
+    rows = sum(len(read(tmp_path / f"data/judge/{side}.jsonl")) for side in ("train", "validation"))
+    assert f"preference sets: {rows} of 399 train rows are left to the judge, by prompt\n" in stdout
+    run(tmp_path, "--dataset", "raw.jsonl", "--seed", 7)  # without a judge its rows are in `all` again
+    assert not (tmp_path / "data/judge/train.jsonl").exists()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_a_tiny_set_a_judge_too_has_a_validation_prompt(tmp_path, seed):
+    write(tmp_path / "raw.jsonl", [GOOD | {"prompt": f"{i}"} for i in range(12)])
+    run(tmp_path, "--dataset", "raw.jsonl", "--judge_fraction", 0.5, "--validation_fraction", 1e-9,
+        "--seed", seed)
+    parts = [prompts_of(tmp_path / f"data/{part}/{side}.jsonl")
+             for part in ("all", "judge") for side in ("train", "validation")]
+    assert len(parts[1]) == len(parts[3]) == 1 and sum(map(len, parts)) == len(set.union(*parts)) == 12
+
+
 def test_a_prompt_is_held_out_by_a_hash_of_the_seed_and_its_text(tmp_path):
     raw = rated_pairs(400, prompts=200)
     write(tmp_path / "raw.jsonl", raw)
@@ -651,6 +681,9 @@ def pair(**changes):
     ('{"prompt": "a"}', "--prompts x.jsonl --num_prompts -1", "--num_prompts -1"),
     (PAIR, "--dataset x.jsonl ./x.jsonl", "--dataset|twice"),
     (PAIR, "--dataset x.jsonl --validation_fraction 1", "--validation_fraction 1"),
+    (PAIR, "--dataset x.jsonl --judge_fraction 1", "--judge_fraction 1"),
+    (PAIR, "--dataset x.jsonl --judge_fraction 1e-9", "--judge_fraction 1e-09: |no prompt"),
+    ('{"prompt": "a", "chosen": "b"}', "--dataset x.jsonl --judge_fraction 0.5", "--judge_fraction 0.5: |no prompt"),
     (PAIR, "--dataset x.jsonl --out x.jsonl", "--out|x.jsonl"),
     (PAIR, "--dataset data/all/train.jsonl", "data/all/train.jsonl: --out data would overwrite it"),
 ])
