@@ -13,14 +13,13 @@ Out: a JSON row a line. `prompt` is text or a list of {"role", "content"} messag
      gap of its two ratings. `system` and `history` become messages of the prompt. Other keys travel along,
      but for those of comparisons, articles and instructions. prompt + response is the text: a response to
      plain text gets a space before it, unless white space stands there, and loses white space at its end.
-     With messages nothing is added or taken.
 
 - hc_he has the pairs above both medians of all/train, of confidence and edit distance; lc_le those below.
 - A prompt is held out if a hash of --seed and its text falls below --validation_fraction; a conversation goes
   by its user's first message. So it is on the same side in every set, and in every call with these two flags.
   (If no prompt of a tiny set falls below, one is held out, in this call alone.)
-- The prompts of --judge_fraction, by other bits of the hash, leave all other splits: data/judge is for a
-  reward model that teaches no policy. It too has a validation split.
+- Other bits of the hash choose --judge_fraction of the prompts, which leave all other sets, SFT sets too.
+  data/judge has their pairs, for a reward model that teaches no policy.
 - A validation split that a set brings is all/validation. Its prompts leave every train set. hc_he and lc_le
   still hold out prompts of the train rows. These leave all/train and sft/train too.
 - A set with confidences loses its train rows without one. A set without confidences becomes `all` alone.
@@ -88,15 +87,15 @@ def main():
             continue
         for rows in kind.values():
             random.Random(args.seed).shuffle(rows)
-        fresh = [row for row in kind["train"] if row.prompt not in own]
-        parts = {part: [] for part in ("train", "validation", "judge/train", "judge/validation")}
-        for row in fresh:
+        dropped = "dropped as a validation split has their prompt"
+        parts = {part: [] for part in ("train", "validation", "judge/train", "judge/validation", dropped)}
+        for row in kind["train"]:
             part = "validation" if row.prompt in held else "train"
-            parts[f"judge/{part}" if row.prompt in judge else part].append(row)
+            part = f"judge/{part}" if row.prompt in judge else part
+            parts[dropped if row.prompt in own else part].append(row)
         if own or judge:
-            sizes = listed({part: len(rows) for part, rows in parts.items()})
-            print(f"{name}: train rows by prompt: {sizes}; {len(kind['train']) - len(fresh):,} dropped, as a "
-                  "validation split has their prompt")
+            sizes = {part: len(rows) for part, rows in parts.items()}
+            print(f"{name}: train rows by prompt: {listed(sizes)}")
         if not parts["train"] or kind is pairs and args.judge_fraction and not parts["judge/train"]:
             fail(f"--dataset: no training rows are left of the {name}, or for the judge; change "
                  "--validation_fraction or --judge_fraction")
@@ -109,7 +108,7 @@ def main():
 
     for label, name in args.prompts.items():
         _, kind = read_set(name, args, label)
-        rows = kind["train"] + kind["validation"]
+        rows = kind["train"] + kind["validation"]  # no two of one prompt
         count = min(args.num_prompts or len(rows), len(rows))
         files[f"prompts/{label}"] = random.Random(args.seed).sample(rows, count)
     write_files(files, args)
@@ -121,8 +120,7 @@ def listed(counts):
 
 
 def three_parts(train, held, validation):
-    """{file: rows} of D_all, D_hc,he and D_lc,le, by the medians of `train`. Prints Table 5: the means of the
-    train sets, and the sizes."""
+    """{file: rows} of D_all, D_hc,he and D_lc,le, by the medians of `train`. Prints Table 5."""
     parts = {"all": (train, validation), "hc_he": ([], []), "lc_le": ([], [])}
     if train[0].confidence is not None:
         confidence = statistics.median(row.confidence for row in train)
