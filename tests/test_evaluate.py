@@ -372,7 +372,7 @@ def assert_readable(figure, monkeypatch):
         assert line.get_alpha() is None and 1.05 / (np.dot(linear, [0.2126, 0.7152, 0.0722]) + 0.05) > 3
 
 
-LONG = "out/SmolLM2-135M-Instruct/policy_of_a_long_name"
+LONG = "out/SmolLM2-135M-Instruct/a_policy_of_a_long_name_and_of_a_longer_one"
 
 
 @pytest.mark.parametrize("names, temperatures, flags", [
