@@ -378,7 +378,7 @@ LONG = "out/SmolLM2-135M-Instruct/a_policy_of_a_long_name_and_of_a_longer_one"
 @pytest.mark.parametrize("names, temperatures, flags", [
     (["sft", "dpo", "drdo"], [0.7], ["--against", "sft"]),  # the pipeline's last line
     (["us", "them", "base"], [0.2, 0.9], ["--against", "base", "them", "reference", "--group_by", "set"]),
-    ([f"{LONG}_{k}" for k in range(12)], [0.2, 0.9], ["--against", f"{LONG}_0"])])
+    ([f"{LONG}_{k}" for k in range(9)], [0.2, 0.9], ["--against", f"{LONG}_0", f"{LONG}_1"])])
 def test_pictures_draw_their_figure_with_its_interval_and_are_readable(
         tmp_path, drawn, monkeypatch, names, temperatures, flags):
     rows = [row(name, f"p{k}", temperature=temperature, set=f"number {k % 2}",
@@ -395,7 +395,7 @@ def test_pictures_draw_their_figure_with_its_interval_and_are_readable(
             axis = next(panels)
             assert axis.get_title().replace("\n", "") == f"against {opponent}" + group * (group != "all")
             expected = []
-            for policy in policies:
+            for policy in names:
                 records = [figures.get((policy, opponent, group, hot)) for hot in temperatures]
                 if records[0] and records[0][field] is not None:
                     expected.append((evaluate.LOOKS[policies.index(policy)]["color"], records))
@@ -453,8 +453,8 @@ def test_curves_have_a_panel_per_figure_and_the_held_out_line_beside(tmp_path, c
 
 
 def test_many_runs_can_be_told_apart(tmp_path, monkeypatch):
-    runs = [log(tmp_path / f"run_with_a_long_name_{k}", {"step": 1, "loss": -1}, {"step": 2, "eval_loss": k})
-            for k in range(12)]
+    every = {"step": 1} | dict.fromkeys(evaluate.PANELS, -1)
+    runs = [log(tmp_path / f"run_of_a_long_name_{k}", every, {"step": 2, "eval_loss": k}) for k in range(12)]
     figure = evaluate.plot_curves([run + "/" for run in runs])
     held_out = [line for line in figure.axes[0].lines if line.get_linewidth() > 1]
     assert [line.get_ydata()[0] for line in held_out] == list(range(12))
