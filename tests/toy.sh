@@ -25,7 +25,7 @@ stage() {  # stage NAME COMMAND...: runs it in the background
     fi
     echo "$name: $((SECONDS - start)) s" ) &
 }
-launch() {  # launch NAME STAGE...: in fp32, so that the table does not depend on the processor
+launch() {  # launch NAME STAGE...: in fp32, whatever the processor has
   port=$((port + 1))
   stage "$1" deepspeed --num_gpus 1 --master_port "$port" "${@:2}" --seed "$seed" --dtype fp32
 }
