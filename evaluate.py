@@ -33,6 +33,7 @@ import runpy
 import sys
 import textwrap
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import partial
 from itertools import product
 from multiprocessing.pool import ThreadPool
@@ -106,7 +107,7 @@ def pair_responses(responses, opponents, notes):
     for opponent in dict.fromkeys(opponents or policies):
         same = ["prompt", "temperature", "sample", "group"]
         theirs = responses[responses["policy"] == opponent]
-        if "reference" in set(theirs["key"]):  # it meets the response of its own row
+        if (theirs["key"] != "response").any():  # it meets the other text of its own row
             same = ["file", "line"]
         elif theirs.empty:  # with --group_by folder: a generator that meets all groups
             same.remove("group")
@@ -405,7 +406,7 @@ def read_responses(args, notes):
         try:
             for line, row in enumerate(json.loads(data) if args.annotations else data.splitlines(), 1):
                 place = f"{path}, line {line}"
-                rows = responses_of(row if args.annotations else json.loads(row), args, place)
+                rows = responses_of(row if args.annotations else json.loads(row), args)
                 table += [columns_of(row, args) | {"file": path, "line": line, "key": key}
                           for key, row in rows.items()]
                 ties += not rows
@@ -425,12 +426,12 @@ def read_responses(args, notes):
     return table.assign(sample=same.cumcount()), files
 
 
-def responses_of(row, args, place):
+def responses_of(row, args):
     """{key: the row with that text as its `response`} of each response in a row that is compared."""
     if args.annotations:  # 1: output_1 is preferred, 2: output_2, 1.5 or 0: neither, None: unknown
         second = np.nan if row["preference"] is None else float(row["preference"] or 1.5) - 1
-        return {f"output_{k}": {"prompt": place, "response": row[f"output_{k}"], "temperature": "-",
-                                "generator": row[f"generator_{k}"], "outcome": outcome}
+        return {f"output_{k}": {"prompt": row["instruction"], "response": row[f"output_{k}"],
+                                "generator": row[f"generator_{k}"], "temperature": "-", "outcome": outcome}
                 for k, outcome in ((2, second), (1, 1 - second))}
     if args.judge_check:
         keys = [] if row.get("tie") else ["chosen", "rejected"]
@@ -622,6 +623,17 @@ def save(folder, name, content):
     print(f"wrote {path}")
 
 
+class Parser(argparse.ArgumentParser):
+    """A wrong flag ends the program in one line, which names the nearest right one."""
+
+    def error(self, message):
+        _, unknown, flags = message.partition("unrecognized arguments: ")
+        if unknown:
+            ours = [word.strip("[]") for word in self.format_usage().split() if "--" in word]
+            message += f"; the nearest flag is {get_close_matches(flags.split()[0], ours, 1, 0)[0]}"
+        fail(f"{message}; {self.prog} --help lists all flags")
+
+
 def fail(message):
     """Ends the program on bad input: one line on stderr, exit status 2."""
     line = " ".join(str(message).split())
@@ -630,8 +642,7 @@ def fail(message):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what is read, one of")
     flag = group.add_mutually_exclusive_group(required=True).add_argument
     flag("--generations", nargs="+", metavar="FILE", help="JSONL; `generator` names the policy")

@@ -6,8 +6,8 @@ again from the generations and rewards alone.
 
     python tests/paper.py       # a minute or two
 
-Not run: the package alpaca_eval (tests/test_evaluate.py runs it; its verdicts are made up here), the
-commands for several machines, and those of Table 5, which fetch data.
+Not run: the package alpaca_eval (tests/test_evaluate.py runs it; its verdicts are made up here), the recipe
+for TRL (tests/test_recipes.py), the commands for several machines, and those of Table 5, which fetch data.
 """
 import importlib
 import io
@@ -51,8 +51,9 @@ python() { deepspeed "$@"; }
 alpaca_eval() {  # the package's verdicts on three answers
     mkdir -p out/alpaca/judge
     [ -e $2 ] && [ -e $4 ]
-    row='{"generator_1": "dpo", "output_1": "a", "generator_2": "drdo", "output_2": "b", "preference"'
-    echo "[$row: 2}, $row: 2}, $row: 1}]" > out/alpaca/judge/annotations.json
+    row='"instruction": "a", "generator_1": "dpo", "output_1": "a", "generator_2": "drdo", "output_2": "b"'
+    printf '[{"preference": 2, %s}, {"preference": 2, %s}, {"preference": 1, %s}]' "$row" "$row" "$row" \
+        > out/alpaca/judge/annotations.json
 }
 trap 'printf end > request' EXIT
 set -eu
@@ -166,15 +167,8 @@ def run(script, flags):
 
 
 def run_python():
-    """The blocks of Python: the picture by gamma, and a loss on random log-probs and rewards."""
+    """The block that draws the preference loss by gamma."""
     exec(block("import torch\nfrom matplotlib"), {})
-    names = [f"{of}{kind}" for of in ("chosen_", "rejected_") for kind in ("logps", "lengths")]
-    names += ["ref_chosen_logps", "ref_rejected_logps", "oracle_chosen", "oracle_rejected"]
-    batch = {name: torch.rand(3) for name in names}
-    for name in "chosen_logps", "rejected_logps":
-        batch[name] = (-9 * batch[name]).requires_grad_()
-    exec(block("from losses import drdo_loss"), batch | {"oracle_std": 2.0})
-    assert batch["chosen_logps"].grad.abs().min() > 0 and Path("preference_loss.png").exists()
 
 
 # ---- each value of the tables and figures, computed again --------------------------------------------------
@@ -193,9 +187,12 @@ def answers(policy, name="generations", score=None):
     return {(json.dumps(row["prompt"]), row["temperature"]): value for row, value in zip(rows, scores)}
 
 
-def win_rate(ours, theirs):
-    """The share of wins of ours; a tie counts half."""
-    return sum((ours[key] > theirs[key]) + 0.5 * (ours[key] == theirs[key]) for key in ours) / len(ours)
+def win_rate(ours, theirs, table=None):
+    """The share of wins of ours; a tie, to the rounding of the table's rewards, counts half."""
+    bound = json.load(open(f"out/{table}/evaluation.json"))["rounding"] if table else 0
+    assert bound < 1e-4
+    differences = [ours[key] - theirs[key] for key in ours]
+    return sum((value > bound) + 0.5 * (abs(value) <= bound) for value in differences) / len(differences)
 
 
 def length(row):
@@ -213,7 +210,7 @@ def expected_values():
     students = ["opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b", PHI]
     for student, policy, opponent in product(students, methods, ["sft", "dpo"]):
         if policy != opponent:
-            rate = win_rate(answers(f"{student}/{policy}"), answers(f"{student}/{opponent}"))
+            rate = win_rate(answers(f"{student}/{policy}"), answers(f"{student}/{opponent}"), "table2")
             expected["table2", policy, opponent, f"folder out/{student}"] = "win_rate", rate
     start = answers("sft")
     for split, policy in product(["all", "hc_he", "lc_le"], methods):
@@ -238,7 +235,7 @@ def expected_values():
         rewards[key] = dict(enumerate(saved[key][0].tolist()))
     rate = win_rate(lengths["chosen"], lengths["rejected"])
     expected["judge_check", "chosen", "rejected", "all"] = "win_rate", rate
-    rate = win_rate(rewards["chosen"], rewards["rejected"])
+    rate = win_rate(rewards["chosen"], rewards["rejected"], "oracle_check")
     expected["oracle_check", "chosen", "rejected", "all"] = "win_rate", rate
     return expected
 
@@ -259,7 +256,8 @@ def check():
     assert ends == [control["<|end|>"], control["EOS"]]  # servers stop at the end of a turn
     assert len(glob("out/sweep/*/model.safetensors")) == 2 * 4 + 4
     assert sum(value in (0, 0.5) for _, value in expected.values()) < 16, "the policies do not differ"
-    pictures = ["out/table2/win_rates.png", "out/figure3/advantages.png", "out/figure4/curves.png"]
+    pictures = ["out/table2/win_rates.png", "out/figure3/advantages.png", "out/figure4/curves.png",
+                "preference_loss.png"]
     for picture in pictures:
         image = matplotlib.image.imread(picture)[..., :3]
         assert (image.max(2) - image.min(2)).max() > 0.3, f"{picture} has no line"  # the axes are grey

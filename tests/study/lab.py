@@ -33,8 +33,8 @@ METHODS = {  # what --choose has chosen; flags and whose rewards a method learns
     "SFT on winners": "--learning_rate 2e-4",
     "DPO": "--learning_rate 1e-4 --beta 0.1",
     "DPO + NLL": "--learning_rate 1e-4 --beta 0.3",
-    "cDPO": "--learning_rate 1e-4 --beta 0.1 --label_smoothing 0.2",
-    "rDPO": "--learning_rate 1e-4 --beta 0.1 --label_smoothing 0.2",
+    "cDPO": "--learning_rate 1e-4 --beta 0.03 --label_smoothing 0.1",
+    "rDPO": "--learning_rate 1e-4 --beta 0.1 --label_smoothing 0.1",
     "IPO": "--learning_rate 1e-4 --beta 0.03",
     "e-DPO": "--learning_rate 1e-4 --beta 0.03",
     "e-DPO (Oracle)": "--learning_rate 1e-4 --beta 0.1",
@@ -57,8 +57,8 @@ LONG = ["SFT on winners", "DPO + NLL", *MAIN]
 SHARES = [0.1, 0.2, 0.4]
 RIVALS = ["cDPO", "rDPO"]
 for method in ("cDPO", "rDPO"):
-    RIVALS += [f"{method} --label_smoothing {share}" for share in SHARES 
-                if f"--label_smoothing {share}" not in METHODS[method]]
+    RIVALS += [f"{method} --label_smoothing {share}" for share in SHARES
+               if not METHODS[method].endswith(str(share))]
 
 # AdamW does not see a loss's scale. So the contrastive term is alone at alpha 10000.
 BETAS = ["--beta 0.5", "--beta 1", "--beta 10"]
