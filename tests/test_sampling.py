@@ -158,6 +158,13 @@ def test_a_window_shorter_than_the_row_does_not_take_the_mask(model, monkeypatch
         assert not generate.takes_mask(model, prompts()[2], 60)  # by the logits alone
 
 
+@pytest.mark.parametrize("family", ["phi3", "gemma3"])
+def test_a_window_that_hardly_shows_in_the_logits_is_noticed_too(family):
+    lm = AutoModelForCausalLM.from_config(CONFIGS[family]).bfloat16().eval()  # all tokens are about as likely
+    assert generate.takes_mask(lm, prompts()[2], 30)
+    assert not generate.takes_mask(lm, prompts()[2], 31)  # 51 tokens, and the window has 50
+
+
 @pytest.mark.parametrize("dropped", ["attention_mask", "position_ids"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_ignores_its_mask_or_positions_is_noticed(monkeypatch, dropped, dtype):

@@ -1,4 +1,5 @@
 """Responses that have a prompt in common lie in one row. Their rewards are those that each has alone."""
+import copy
 import math
 
 import numpy as np
@@ -6,8 +7,9 @@ import pytest
 import torch
 from conftest import call, read_jsonl, run
 from test_chat import byte_level, small_model
-from test_layout import models, own_reward  # noqa: F401 (a fixture)
-from transformers import BloomConfig, Gemma2Config, GPTJConfig, GptOssConfig, MptConfig
+from test_layout import CONFIGS, models, own_reward  # noqa: F401 (a fixture)
+from transformers import (AutoModelForSequenceClassification, BloomConfig, Gemma2Config, GPTJConfig,
+                          GptOssConfig, MptConfig)
 
 import precompute_rewards
 import toy
@@ -69,11 +71,15 @@ def test_a_model_that_ignores_the_mask_is_scored_a_text_a_row(models, process_gr
     assert len([row for row in forwards if row[1] > 1]) == 1  # the check
 
 
-def test_a_window_shorter_than_a_text_is_noticed_in_bf16_too(models):
-    _, classifier = models
-    prompt, response = np.arange(40, dtype=np.int32), np.arange(9, dtype=np.int32)  # Phi-3's window is 47
-    takes = precompute_rewards.takes_mask(classifier, [(prompt, response)] * 2, [[0, 1]])
-    assert takes == (classifier.config.model_type != "phi3")
+def test_a_window_that_hardly_shows_in_the_rewards_is_noticed_too():
+    config = copy.deepcopy(CONFIGS["phi3"])
+    config.num_labels = 1
+    torch.manual_seed(0)
+    classifier = AutoModelForSequenceClassification.from_config(config).bfloat16().eval()
+    prompt = np.arange(40, dtype=np.int32)
+    for tokens, takes in (7, True), (8, False):  # the window has 47
+        text = prompt, np.arange(tokens, dtype=np.int32)
+        assert precompute_rewards.takes_mask(classifier, [text] * 2, [[0, 1]]) == takes
 
 
 def test_too_long_texts_get_nan_and_equal_texts_one_reward(tmp_path):
