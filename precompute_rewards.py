@@ -242,7 +242,7 @@ def collate(rows, device):
 
 def pair_mask(segments):
     """Attention mask (B, 1, T, T), True where the query (dim 2) sees the key (dim 3). Causal. A response sees
-    the prompt and itself. Padding sees the prompt and padding: a query that sees nothing would give NaN."""
+    the prompt and itself. Padding sees the prompt and padding, so that each query sees a key."""
     query = segments[:, :, None]
     key = segments[:, None, :]
     return ((key == 0) | (key == query)).tril()[:, None]
