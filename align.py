@@ -51,10 +51,8 @@ from losses import (drdo_loss, dpo_loss, edpo_loss, ipo_loss, last_token_rewards
 
 def loss_and_metrics(args, logps, head_rewards, reference, oracle_rewards, response_tokens):
     """The loss of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l rejected.
-    To add a loss: write it in losses.py, import it, name it in --loss and give it a branch here. One without
-    a reference joins has_reference in main and sets rewards_w and rewards_l. One that reads the Oracle's
-    rewards joins ("drdo", "edpo") in load_split and parse_args.
-
+    To add a loss: write it in losses.py, name it in --loss, give it a branch here. Without a reference it
+    changes has_reference in main and sets rewards_w, rewards_l. With an Oracle it joins ("drdo", "edpo").
     logps: log pi(y|x) of (w, l), (B, 2), summed over tokens. head_rewards: the reward head's, (B, 2), or NaN.
     reference: log pi(y|x) of the reference, (B, 2). oracle_rewards: of K Oracles, (K, B, 2).
     response_tokens: EOS included, (B, 2).
@@ -76,10 +74,9 @@ def loss_and_metrics(args, logps, head_rewards, reference, oracle_rewards, respo
         preference_logits = scores[:, 0] - scores[:, 1]
         if args.detach_focal:
             preference_logits = preference_logits.detach()
-        # Eq. 6
-        loss, distillation, contrastive = drdo_loss(logps_w, logps_l, rewards_w, rewards_l,
-                                                    oracle_w, oracle_l, args.alpha, args.gamma,
-                                                    preference_logits)
+        loss, distillation, contrastive = drdo_loss(  # Eq. 6
+            logps_w, logps_l, rewards_w, rewards_l, oracle_w, oracle_l, args.alpha, args.gamma,
+            preference_logits)
         metrics = {"loss/distillation": distillation, "loss/contrastive": contrastive,
                    "p_w": preference_logits.sigmoid(), "oracle/margins": oracle_w - oracle_l}
     elif args.loss == "dpo":
@@ -166,7 +163,6 @@ def main():
     args = parse_args()
     device = init_process(args)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-
     # ---- the policy, and its pairs with the Oracle's rewards
     tokenizer, lm = load_model(args.model, device, "sdpa")
     pairs, oracle_rewards = load_split(args.data, args.oracle_rewards, tokenizer, lm, args)
@@ -193,13 +189,6 @@ def main():
     engine = make_engine(model, args)  # AdamW, under ZeRO by --deepspeed_config
     state = start_run(engine, args, pairs, eval_pairs)  # step 0; with --resume that of the last checkpoint
 
-    def evaluate(step):
-        if eval_pairs:
-            logps, rewards = score_all(model, eval_pairs, range(len(eval_pairs)), args, "evaluating")
-            _, metrics = loss_and_metrics(args, logps, rewards, state["eval_reference"], eval_oracle_rewards,
-                                          torch.tensor(eval_pairs.lengths[:, 1:]))
-            log(args, step, [metrics], prefix="eval_")
-
     # ---- the reference: the policy's own log pi(y|x) before step 1, (N, 2); each checkpoint holds it. DRDO
     # needs none, except with log_ratio: it fits the Oracle's differences and has no ratio pi / pi_ref
     if not args.resume:
@@ -208,11 +197,9 @@ def main():
         state["reference"], _ = score_all(model, pairs, of_this_run, args, "reference")
         of_eval = range(len(eval_pairs)) if has_reference else []
         state["eval_reference"], _ = score_all(model, eval_pairs, of_eval, args, "reference")
-        evaluate(0)
+        evaluate(model, eval_pairs, state["eval_reference"], eval_oracle_rewards, args, step=0)
 
-    window = []  # metrics since the last line of the log
-    tokens = 0
-    start = time.time()
+    window, tokens, start = [], 0, time.time()  # metrics, tokens and time since the last line of the log
     bar = tqdm(steps[state["step"]:], args.out, args.max_steps, initial=state["step"], disable=rank > 0)
     for step, batch in enumerate(bar, state["step"] + 1):
         learning_rate = set_learning_rate(engine, step, args)
@@ -225,7 +212,6 @@ def main():
             window.append(metrics)
         tokens += row_tokens[batch].sum()
         grad_norm = check_gradient(engine, step, pairs.lines[batch], args)
-
         if args.keep_steps and step % args.keep_steps == 0:
             save_model(model, tokenizer, f"{args.out}/step{step}")
         evaluates = step % args.eval_steps == 0 or step == args.max_steps
@@ -235,17 +221,24 @@ def main():
             log(args, step, window, epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
                 grad_norm=grad_norm, tokens_per_second=tokens / (time.time() - start))
             if evaluates:
-                evaluate(step)
+                evaluate(model, eval_pairs, state["eval_reference"], eval_oracle_rewards, args, step)
             if saves:
                 save_checkpoint(engine, args, state | {"step": step})
-            window = []
-            tokens = 0
-            start = time.time()
+            window, tokens, start = [], 0, time.time()
     write_card(args)
     save_model(model, tokenizer, args.out)
 
 
-# ---- scoring all pairs, reading them -----------------------------------------------------------------------
+# ---- held-out pairs, scoring all pairs, reading them -------------------------------------------------------
+
+def evaluate(model, pairs, reference, oracle_rewards, args, step):
+    """Logs each metric's mean over held-out pairs, `eval_` before its name. Without pairs it does nothing."""
+    if pairs:
+        logps, rewards = score_all(model, pairs, range(len(pairs)), args, "evaluating")
+        response_tokens = torch.tensor(pairs.lengths[:, 1:])
+        _, metrics = loss_and_metrics(args, logps, rewards, reference, oracle_rewards, response_tokens)
+        log(args, step, [metrics], prefix="eval_")
+
 
 @torch.no_grad()
 def score_all(model, pairs, numbers, args, description):
@@ -634,14 +627,13 @@ def save_model(model, tokenizer, folder):
 def write_card(args):
     """Writes <out>/README.md, which a model hub shows: the flags, the data's hash, the last metrics."""
     if dist.get_rank() == 0:
-        with open(f"{args.out}/args.json") as file:
-            flags = file.read()
-        with open(f"{args.out}/log.jsonl") as file:
-            *_, metrics = file
+        with open(f"{args.out}/args.json") as flags, open(f"{args.out}/log.jsonl") as log_lines:
+            *_, metrics = log_lines
+            card = ("---\nlibrary_name: transformers\n---\n\n"
+                    f"{args.stage} of nanoDRDO trained this model from {args.model} on {args.data}.\n\n"
+                    f"```json\n{flags.read()}\n```\n\nAt the end of training:\n\n```json\n{metrics}```\n")
         with open(f"{args.out}/README.md", "w") as file:
-            file.write("---\nlibrary_name: transformers\n---\n\n"
-                       f"{args.stage} of nanoDRDO trained this model from {args.model} on {args.data}.\n\n"
-                       f"```json\n{flags}\n```\n\nAt the end of training:\n\n```json\n{metrics}```\n")
+            file.write(card)
 
 
 def init_process(args):

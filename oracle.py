@@ -162,18 +162,10 @@ def main():
     state = start_run(engine, args, pairs, eval_pairs)  # step 0; with --resume that of the last checkpoint
 
     num_logps = 1 if args.alpha else 0  # Eq. 5 takes log pi of the chosen response alone
-
-    def evaluate(step):
-        if eval_pairs:
-            logps, rewards = score_all(model, eval_pairs, range(len(eval_pairs)), args, "evaluating")
-            _, metrics = loss_and_metrics(args, logps, rewards, torch.tensor(eval_pairs.lengths[:, 1]))
-            log(args, step, [metrics], prefix="eval_")
-
     if not args.resume:
-        evaluate(0)
-    window = []  # metrics since the last line of the log
-    tokens = 0
-    start = time.time()
+        evaluate(model, eval_pairs, args, step=0)
+
+    window, tokens, start = [], 0, time.time()  # metrics, tokens and time since the last line of the log
     bar = tqdm(steps[state["step"]:], args.out, args.max_steps, initial=state["step"], disable=rank > 0)
     for step, batch in enumerate(bar, state["step"] + 1):
         learning_rate = set_learning_rate(engine, step, args)
@@ -192,14 +184,20 @@ def main():
             log(args, step, window, epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
                 grad_norm=grad_norm, tokens_per_second=tokens / (time.time() - start))
             if evaluates:
-                evaluate(step)
+                evaluate(model, eval_pairs, args, step)
             if saves:
                 save_checkpoint(engine, args, state | {"step": step})
-            window = []
-            tokens = 0
-            start = time.time()
+            window, tokens, start = [], 0, time.time()
     write_card(args)
     save_model(lm, tokenizer, args.out)
+
+
+def evaluate(model, pairs, args, step):
+    """Logs each metric's mean over held-out pairs, `eval_` before its name. Without pairs it does nothing."""
+    if pairs:
+        logps, rewards = score_all(model, pairs, range(len(pairs)), args, "evaluating")
+        _, metrics = loss_and_metrics(args, logps, rewards, torch.tensor(pairs.lengths[:, 1]))
+        log(args, step, [metrics], prefix="eval_")
 
 
 def set_pad_token(tokenizer, lm):
@@ -567,14 +565,13 @@ def save_model(lm, tokenizer, folder):
 def write_card(args):
     """Writes <out>/README.md, which a model hub shows: the flags, the data's hash, the last metrics."""
     if dist.get_rank() == 0:
-        with open(f"{args.out}/args.json") as file:
-            flags = file.read()
-        with open(f"{args.out}/log.jsonl") as file:
-            *_, metrics = file
+        with open(f"{args.out}/args.json") as flags, open(f"{args.out}/log.jsonl") as log_lines:
+            *_, metrics = log_lines
+            card = ("---\nlibrary_name: transformers\n---\n\n"
+                    f"{args.stage} of nanoDRDO trained this model from {args.model} on {args.data}.\n\n"
+                    f"```json\n{flags.read()}\n```\n\nAt the end of training:\n\n```json\n{metrics}```\n")
         with open(f"{args.out}/README.md", "w") as file:
-            file.write("---\nlibrary_name: transformers\n---\n\n"
-                       f"{args.stage} of nanoDRDO trained this model from {args.model} on {args.data}.\n\n"
-                       f"```json\n{flags}\n```\n\nAt the end of training:\n\n```json\n{metrics}```\n")
+            file.write(card)
 
 
 def init_process(args):

@@ -476,14 +476,13 @@ def save_model(lm, tokenizer, folder):
 def write_card(args):
     """Writes <out>/README.md, which a model hub shows: the flags, the data's hash, the last metrics."""
     if dist.get_rank() == 0:
-        with open(f"{args.out}/args.json") as file:
-            flags = file.read()
-        with open(f"{args.out}/log.jsonl") as file:
-            *_, metrics = file
+        with open(f"{args.out}/args.json") as flags, open(f"{args.out}/log.jsonl") as log_lines:
+            *_, metrics = log_lines
+            card = ("---\nlibrary_name: transformers\n---\n\n"
+                    f"{args.stage} of nanoDRDO trained this model from {args.model} on {args.data}.\n\n"
+                    f"```json\n{flags.read()}\n```\n\nAt the end of training:\n\n```json\n{metrics}```\n")
         with open(f"{args.out}/README.md", "w") as file:
-            file.write("---\nlibrary_name: transformers\n---\n\n"
-                       f"{args.stage} of nanoDRDO trained this model from {args.model} on {args.data}.\n\n"
-                       f"```json\n{flags}\n```\n\nAt the end of training:\n\n```json\n{metrics}```\n")
+            file.write(card)
 
 
 def init_process(args):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["splits", "sft", "oracle", "precompute_rewards", "align", "generate", "evaluate"]
-ITS_OWN = {"main", "parse_args", "loss_and_metrics"}
+ITS_OWN = {"main", "parse_args", "loss_and_metrics", "evaluate"}
 VARIANTS = {"load_model": {"generate"}, "collate": {"sft"}, "save_model": {"align"},  # theirs are others
             "takes_mask": {"generate"},
             "fail": {"splits", "evaluate"}}  # one for the programs of one process

@@ -130,7 +130,7 @@ def test_references_are_scored_and_a_text_under_another_prompt_is_another(lab, t
 
 
 def test_an_ensemble_orders_pairs_without_labels(lab, tmp_path, capsys):
-    """The response with the higher mean reward becomes `chosen`. Pairs that are too long, and those of one text
+    """The response with the higher mean reward becomes `chosen`. Pairs too long, and those of one text
     twice, leave. align.py takes both files."""
     known = load_rewards(lab / "ensemble.pt")
     margins = known["chosen"] - known["rejected"]
