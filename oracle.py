@@ -436,7 +436,7 @@ def set_learning_rate(engine, step, args):
 def check_gradient(engine, step, lines, args):
     """The norm of the step's gradient, before clipping. Ends the run where it is not finite."""
     grad_norm = float(engine.get_global_grad_norm())
-    if not 0 <= grad_norm < math.inf:  # DeepSpeed has skipped the step
+    if not 0 <= grad_norm < math.inf:  # NaN too
         fail(f"step {step}: the loss or its gradient is not finite; lower --learning_rate, or look at "
              f"{args.data}, lines {sorted(lines.tolist())}")
     return grad_norm
@@ -485,6 +485,11 @@ def make_engine(model, args):
         config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
                    "train_micro_batch_size_per_gpu": args.micro_batch_size,
                    "bf16": {"enabled": torch.cuda.is_available() and args.dtype == "bf16"}}
+        if args.processes == 1 and not torch.cuda.is_available():  # ZeRO would copy weights and gradients
+            limit = config.get("gradient_clipping") or math.inf
+            config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
+            optimizer.register_step_pre_hook(lambda *_: setattr(  # at stage 0 DeepSpeed forgets the norm
+                optimizer, "_global_grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
         return deepspeed.initialize(None, model, optimizer, config=config)[0]
     except Exception as error:
         fail(f"--deepspeed_config {args.deepspeed_config}: {reason(error)}; unless memory ran out, take the "
