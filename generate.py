@@ -30,11 +30,9 @@ import sys
 import time
 from difflib import get_close_matches
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, logging
 
 
 def main():
@@ -117,6 +115,7 @@ def generate(model, prompts, temperatures, top_p, draws, ends):
 def read_prompts_once(model, prompts, n):
     """Reads B prompts less their last tokens, causal and padded right. Returns the cache, and for n tokens
     behind each prompt the mask by which they see it, (B, 1, n, keys)."""
+    from transformers import DynamicCache
     lengths = torch.tensor([[len(ids) - 1] for ids in prompts], device=model.device)  # (B, 1)
     width = int(lengths.max())
     cache = DynamicCache()
@@ -234,6 +233,7 @@ def read_prompts(args, tokenizer):
 
 def load_model(folder, device, dtype):
     """The folder's tokenizer, its causal LM in "bf16" or "fp32", and the ids that end a response."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -350,6 +350,8 @@ def end_token(tokenizer, stops):
 def init_process(args):
     """Joins the processes that `deepspeed` started; under `python` it is alone. Returns the device.
     Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
+    import deepspeed  # not at the top, like transformers: --help would take twice as long
+    from transformers import logging
     if "RANK" not in os.environ:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     deepspeed.utils.logger.setLevel("WARNING")

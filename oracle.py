@@ -37,13 +37,10 @@ from difflib import get_close_matches
 from glob import glob
 from itertools import islice
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForCausalLM,
-                          AutoTokenizer, logging)
 
 from losses import last_token_rewards, oracle_loss, response_logps
 
@@ -139,8 +136,6 @@ def main():
 
     # ---- the LM, and the pairs
     tokenizer, lm = load_model(args.model, device, "sdpa")
-    if type(lm.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # an Oracle is loaded as one
-        fail(f"--model {args.model}: Transformers has no sequence classifier of its kind; take another model")
     set_pad_token(tokenizer, lm)
     keys = ["chosen", "rejected"]
     pairs = Rows(args.data, keys, tokenizer, lm, args.max_length, whole_turn=True)
@@ -201,7 +196,11 @@ def evaluate(model, pairs, args, step):
 
 
 def set_pad_token(tokenizer, lm):
-    """Sets a pad token that ends no text: other programs read a reward at the last token that is no pad."""
+    """Sets a pad token that ends no text: other programs read a reward at the last token that is no pad.
+    Fails where Transformers has no sequence classifier of the LM's kind, as which an Oracle is loaded."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(lm.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        fail("--model: Transformers has no sequence classifier of its kind; take another model")
     (_, response), _ = encode(tokenizer, "What is 2 + 2?", ["It is 4."])
     last = tokenizer.convert_ids_to_tokens(response[-1])
     if tokenizer.pad_token in (None, tokenizer.eos_token, last):
@@ -445,6 +444,7 @@ def check_gradient(engine, step, lines, args):
 def load_model(folder, device, attention=None):
     """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), no dropout. attention: "sdpa" for the
     row of a pair, whose mask is 4D; None: what transformers takes."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
@@ -471,6 +471,7 @@ def load_model(folder, device, attention=None):
 
 def make_engine(model, args):
     """DeepSpeed's engine by --deepspeed_config, with AdamW and this run's batch sizes and dtype."""
+    import deepspeed
     if args.gradient_checkpointing:
         model.lm.activation_checkpointing_enable({"use_reentrant": False})
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -582,6 +583,8 @@ def write_card(args):
 def init_process(args):
     """Joins the processes that `deepspeed` started; under `python` it is alone. Returns the device.
     Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
+    import deepspeed  # not at the top, like transformers: --help would take twice as long
+    from transformers import logging
     if "RANK" not in os.environ:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     deepspeed.utils.logger.setLevel("WARNING")

@@ -25,12 +25,10 @@ import sys
 import time
 from difflib import get_close_matches
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 from losses import last_token_rewards
 
@@ -250,6 +248,7 @@ def pair_mask(segments):
 
 def load_oracle(folder, device, dtype):
     """The folder's tokenizer and reward model, in "bf16" or "fp32": a decoder with a linear head `score`."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -367,6 +366,8 @@ def end_token(tokenizer, stops):
 def init_process(args):
     """Joins the processes that `deepspeed` started; under `python` it is alone. Returns the device.
     Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
+    import deepspeed  # not at the top, like transformers: --help would take twice as long
+    from transformers import logging
     if "RANK" not in os.environ:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     deepspeed.utils.logger.setLevel("WARNING")

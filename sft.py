@@ -29,12 +29,10 @@ from difflib import get_close_matches
 from glob import glob
 from itertools import islice
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
 from losses import response_logps
 
@@ -356,6 +354,7 @@ def check_gradient(engine, step, lines, args):
 def load_model(folder, device, attention=None):
     """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), no dropout. attention: "sdpa" for the
     row of a pair, whose mask is 4D; None: what transformers takes."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
@@ -382,6 +381,7 @@ def load_model(folder, device, attention=None):
 
 def make_engine(model, args):
     """DeepSpeed's engine by --deepspeed_config, with AdamW and this run's batch sizes and dtype."""
+    import deepspeed
     if args.gradient_checkpointing:
         model.lm.activation_checkpointing_enable({"use_reentrant": False})
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -493,6 +493,8 @@ def write_card(args):
 def init_process(args):
     """Joins the processes that `deepspeed` started; under `python` it is alone. Returns the device.
     Sets --dtype auto to bf16 where the hardware has it; other processors emulate it, many times slower."""
+    import deepspeed  # not at the top, like transformers: --help would take twice as long
+    from transformers import logging
     if "RANK" not in os.environ:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     deepspeed.utils.logger.setLevel("WARNING")
