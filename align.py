@@ -1,4 +1,4 @@
-"""Aligns an SFT policy to preferences, offline: DRDO (arXiv 2410.08458), DPO, e-DPO or IPO.
+"""Aligns an SFT policy to preferences, offline: DRDO (arXiv 2410.08458), DPO, robust DPO, e-DPO or IPO.
 
 In:   out/sft; data/all/{train,validation}.jsonl (prompt, chosen, rejected); for drdo and edpo rewards.pt
 Out:  out/<loss>/: model, tokenizer, args.json, log.jsonl, README.md; score.safetensors (DRDO's reward head);
@@ -49,8 +49,9 @@ from losses import (drdo_loss, dpo_loss, edpo_loss, ipo_loss, last_token_rewards
 
 def loss_and_metrics(args, logps, head_rewards, reference, oracle_rewards, response_tokens):
     """The loss of each pair, (B,), and what is logged of each pair, a dict of (B,). w is chosen, l rejected.
-    To add a loss: write it in losses.py, name it in --loss, give it a branch here. Without a reference it
-    changes has_reference in main and sets rewards_w, rewards_l. With an Oracle it joins ("drdo", "edpo").
+    To add a loss: write it in losses.py, name it in --loss, give it a branch here. If it needs no reference:
+    change has_reference in main, and set rewards_w, rewards_l. If it reads Oracle rewards: name it where
+    load_split and parse_args name "drdo" and "edpo".
     logps: log pi(y|x) of (w, l), (B, 2), summed over tokens. head_rewards: the reward head's, (B, 2), or NaN.
     reference: log pi(y|x) of the reference, (B, 2). oracle_rewards: of K Oracles, (K, B, 2).
     response_tokens: EOS included, (B, 2).
@@ -67,7 +68,7 @@ def loss_and_metrics(args, logps, head_rewards, reference, oracle_rewards, respo
             rewards_w, rewards_l = head_rewards.unbind(1)
         elif args.student_rewards == "logps":
             rewards_w, rewards_l = (args.beta * logps).unbind(1)
-        # p_w = sigma(preference_logits); of sums it is near 0 or 1: see losses.py
+        # p_w = sigma(preference_logits): near 0 or 1 with sums, as their difference is many nats
         scores = logps / response_tokens if args.p_w == "mean" else logps
         preference_logits = scores[:, 0] - scores[:, 1]
         if args.detach_focal:
@@ -107,9 +108,9 @@ class PairModel(torch.nn.Module):
 
     def forward(self, pairs, num_logps=2):
         """(logps, rewards) of B pairs, lists of token ids [prompt, chosen, rejected]: (B, 2) each, chosen
-        first. Without a head rewards are NaN. With num_logps 1 logps are of the chosen response alone."""
+        first. Without a head rewards are NaN. With num_logps 1 logps are (B, 1), of the chosen response."""
         input_ids, position_ids, segments, ends = collate(pairs, self.lm.device)
-        # entered in each forward pass: autocast keeps its bf16 copies of the weights until it is left
+        # entered anew in each forward pass: autocast keeps its bf16 copies of the weights until it exits
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.lm.device.type == "cpu"):
             hidden = self.lm.base_model(
                 input_ids=input_ids, position_ids=position_ids, attention_mask=pair_mask(segments),
@@ -125,9 +126,9 @@ def collate(rows, device):
     rows: lists of arrays of token ids, [prompt, y1, y2, ...]. `last` is a copy of the prompt's last token, at
     its position in the prompt.
     Returns integer tensors: input_ids, position_ids, segments (0: prompt, k: the k-th response, -1: padding),
-    (B, T) each; ends, the positions of each response's last token, EOS, where rewards are read, (B, R).
+    (B, T) each; ends, the column of each response's last token, EOS, where rewards are read, (B, R).
     """
-    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # of `last` a copy a response
+    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # `last` stands once a response
     width += -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
     input_ids = np.zeros((len(rows), width), int)
     position_ids = np.zeros((len(rows), width), int)
@@ -187,8 +188,8 @@ def main():
     engine = make_engine(model, args)  # AdamW, under ZeRO by --deepspeed_config
     state = start_run(engine, args, pairs, eval_pairs)  # step 0; with --resume that of the last checkpoint
 
-    # ---- the reference: the policy's own log pi(y|x) before step 1, (N, 2); each checkpoint holds it. DRDO
-    # needs none, except with log_ratio: it fits the Oracle's differences and has no ratio pi / pi_ref
+    # ---- the reference: log pi(y|x) of the policy before step 1, (N, 2), kept in each checkpoint. DRDO needs
+    # none, as its loss has no pi / pi_ref, unless --student_rewards is log_ratio
     if not args.resume:
         has_reference = args.loss != "drdo" or args.student_rewards == "log_ratio"
         of_this_run = np.unique(steps) if has_reference else []
@@ -215,7 +216,7 @@ def main():
         evaluates = step % args.eval_steps == 0 or step == args.max_steps
         saves = args.save_steps and step % args.save_steps == 0
         if evaluates or saves or step == 1 or step % args.log_steps == 0:
-            # of the step's weights before its update; evaluate's figures are of those after it
+            # means over the steps since the last line, each before its update; evaluate is behind the last
             log(args, step, window, epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
                 grad_norm=grad_norm, tokens_per_second=tokens / (time.time() - start))
             if evaluates:
@@ -239,17 +240,17 @@ def evaluate(model, pairs, reference, oracle_rewards, args, step):
 
 
 @torch.no_grad()
-def score_all(model, pairs, numbers, args, description):
-    """(logps, rewards) of the pairs with these numbers, NaN for the others: (N, 2) each, on the CPU.
+def score_all(model, pairs, indices, args, description):
+    """(logps, rewards) of the pairs with these indices, NaN for the others: (N, 2) each, on the CPU.
     They are sorted by length and shared out among the processes."""
     scores = torch.zeros(2, len(pairs), 2, device=model.lm.device)
-    order = sorted(numbers, key=lambda i: -pairs.lengths[i].sum())
+    order = sorted(indices, key=lambda i: -pairs.lengths[i].sum())
     micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0, leave=False):
         scores[:, micro] = torch.stack(model([pairs[i] for i in micro]))
     dist.all_reduce(scores)
-    scores[:, np.setdiff1d(np.arange(len(pairs)), numbers)] = math.nan
+    scores[:, np.setdiff1d(np.arange(len(pairs)), indices)] = math.nan
     return scores.cpu()
 
 
@@ -581,7 +582,7 @@ def start_run(engine, args, *splits):
 
 def log(args, step, window, prefix="", **figures):
     """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
-    window: metrics of this process's pairs, dicts of (B,). One that is NaN for every pair is left out."""
+    window: metrics of this process's pairs, dicts of (B,). One that is NaN for all of them is left out."""
     means = {}
     for name in window[0]:
         here = torch.cat([metrics[name] for metrics in window]).cpu()
@@ -678,7 +679,7 @@ def say(message):
 def fail(message):
     """Ends the program on bad input: one line on stderr, exit status 2. Local rank 0 prints at once. The
     others wait 10 s: if the error is everyone's, the launcher has ended them by then, and the line appears
-    once. If it is theirs alone, they print it."""
+    once. If it is theirs alone, they print it, and the launcher ends the rest."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     tqdm.write(f"error: {' '.join(str(message).split()):.600}", file=sys.stderr)
@@ -715,8 +716,8 @@ def check_flags(args, may_be_zero):
 
 def resume_or_start(parser, args):
     """The flags of the run. With --resume they come from <out>/args.json: those in may_change may be given
-    anew, any other, and the number of processes, must be the same. Without --resume --out must hold no
-    checkpoint and no model."""
+    anew, any other, and the number of processes, must be the same. Without --resume the folder of --out must
+    hold no checkpoint and no model."""
     may_change = ("out", "resume", "local_rank", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
     before = {}
@@ -725,7 +726,7 @@ def resume_or_start(parser, args):
         with open(f"{args.out}/args.json") as file:
             before = json.load(file)
     elif args.resume:
-        fail(f"--resume: {args.out}/checkpoint holds no checkpoint; start without --resume")
+        fail(f"--resume: {args.out} holds no checkpoint: its run ended, or saved none; name another --out")
     elif unfinished or os.path.exists(f"{args.out}/config.json"):
         fail(f"--out: {args.out} holds a model or a checkpoint; go on with --resume, or name another folder")
     parser.set_defaults(**before)

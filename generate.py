@@ -384,7 +384,7 @@ def say(message):
 def fail(message):
     """Ends the program on bad input: one line on stderr, exit status 2. Local rank 0 prints at once. The
     others wait 10 s: if the error is everyone's, the launcher has ended them by then, and the line appears
-    once. If it is theirs alone, they print it."""
+    once. If it is theirs alone, they print it, and the launcher ends the rest."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     tqdm.write(f"error: {' '.join(str(message).split()):.600}", file=sys.stderr)

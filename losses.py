@@ -8,11 +8,12 @@ Plain functions of tensors. Copy this file into your project: it needs torch alo
     loss, _, _ = drdo_loss(*logps.unbind(1), *rewards.unbind(1), oracle_chosen, oracle_rejected)  # (B,)
 
 Notation: x is a prompt, y_w / y_l its chosen / rejected response. z = log pi(y|x) is the *sum* of the
-log-probs of the response's tokens, EOS included, so z <= 0. sigma is the logistic function.
+log-probs of the response's tokens, EOS included. r* is the Oracle's reward, r^ (r hat) the policy's own.
+p_w = sigma(z_w - z_l), sigma the logistic function.
 
-Inputs and losses are (B,), one number a pair; e-DPO's Oracle rewards are (K, B). Reduction is the caller's.
-Shapes are not checked: (B, 1) beside (B,) would broadcast. Half precision is computed in fp32. Losses and
-gradients are finite for inputs up to 1e15 in size.
+Each loss takes and returns tensors of shape (B,), one number a pair; e-DPO's Oracle rewards alone are (K, B).
+Call .mean() on it. Shapes are not checked: (B, 1) beside (B,) would broadcast. Half precision is computed in
+fp32. Losses and gradients are finite for inputs up to 1e15 in size.
 """
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ def oracle_loss(chosen_rewards, rejected_rewards, chosen_logps, alpha=0.01):
 
 
 def log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps):
-    """(z_w - z_l) of the policy less (z_w - z_l) of the reference. All are (B,)."""
+    """z_w - z_l of the policy minus z_w - z_l of the reference. All are (B,)."""
     policy = upcast(chosen_logps) - upcast(rejected_logps)
     return policy - (upcast(ref_chosen_logps) - upcast(ref_rejected_logps))
 
@@ -65,7 +66,7 @@ def robust_dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected
     -[(1 - epsilon) log sigma(h) - epsilon log sigma(-h)] / (1 - 2 epsilon), h as in `dpo_loss`
 
     label_smoothing is epsilon, the share of wrong labels, in [0, 0.5). The loss's mean over such labels is
-    DPO's over right ones. It has no lower bound: its slope in h is -epsilon / (1 - 2 epsilon) at best.
+    DPO's over right ones. It has no lower bound: its slope in h is below -epsilon / (1 - 2 epsilon) everywhere.
     """
     h = beta * log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     loss = -(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)
@@ -106,10 +107,10 @@ def drdo_loss(chosen_logps, rejected_logps, student_chosen_rewards, student_reje
 
     (r*(x, y_w) - r*(x, y_l) - (r^_w - r^_l))^2  -  alpha (1 - p_w)^gamma log(pi(y_w|x) / (1 - pi(y_l|x)))
 
-    with p_w = sigma(z_w - z_l). The first term is `distillation_loss`, the reward difference. The second is
-    `contrastive_loss`, the focal contrastive log-unlikelihood. Its sign is the paper's. At a fixed focal
-    factor it slightly raises pi(y_l|x), despite its name: its gradient in z_l is about -pi(y_l|x), nearly 0.
-    What lowers pi(y_l|x) is the gradient through the factor (1 - p_w)^gamma.
+    The first term is `distillation_loss`, the reward difference. The second is `contrastive_loss`, the focal
+    contrastive log-unlikelihood, with the paper's sign. Were the focal factor (1 - p_w)^gamma a constant, the
+    term would slightly raise pi(y_l|x), despite its name: its gradient in z_l is about -pi(y_l|x), nearly 0.
+    Only the gradient through the factor lowers pi(y_l|x).
 
     All are (B,); preference_logits as in `contrastive_loss`.
     Returns: the loss, then its two terms, (B,) each. The loss is the sum of the terms.
@@ -131,10 +132,10 @@ def distillation_loss(student_chosen_rewards, student_rejected_rewards,
 def contrastive_loss(chosen_logps, rejected_logps, gamma=2.0, preference_logits=None):
     """Eq. 6, second term without alpha: -(1 - p_w)^gamma log(pi(y_w|x) / (1 - pi(y_l|x))).
 
-    p_w = sigma(z_w - z_l). preference_logits, (B,), stands in for z_w - z_l there: a difference of mean
-    log-probs, or a detached one. A difference of summed log-probs is many nats and follows the lengths. So
-    p_w is near 0 or 1 for most pairs from step 1 on, and its mean is about the share of pairs whose chosen
-    response is the likelier one, often the shorter. All are (B,).
+    The factor is near 0 where pi already prefers y_w. p_w = sigma(preference_logits), z_w - z_l by default;
+    give mean log-probs, or detach them, to change p_w alone. Summed log-probs differ by many nats, mostly by
+    length. So p_w is near 0 or 1 for most pairs from step 1 on, and its mean is about the share of pairs
+    whose chosen response is the likelier one, often the shorter. All are (B,).
     """
     chosen_logps, rejected_logps = upcast(chosen_logps), upcast(rejected_logps)
     if preference_logits is None:
@@ -148,7 +149,7 @@ def log1mexp(x):
     """log(1 - e^x) for a log-prob x <= 0, any shape (Maechler 2012, "Accurately Computing log(1-exp(-|a|))").
 
     1 - e^x is at least the dtype's epsilon here (fp32: 1.2e-7). So the value at x = 0 is about -16 and not
-    -inf. The gradient is at most 1 / epsilon, and zero where the bound acts.
+    -inf. The gradient is at most 1 / epsilon in size, and zero where the bound acts.
     """
     x = upcast(x)
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
@@ -163,13 +164,12 @@ def log1mexp(x):
 def response_logps(hidden, lm_head, input_ids, segments, num_responses=2, max_logits=2**26):
     """log pi(y|x) of the responses in a batch of rows: the sum of the log-probs of each response's tokens.
 
-    A row is a prompt without its last token, then one segment for each response. A segment is a copy of the
-    prompt's last token, then the response. So the hidden state on the left of a token predicts it, also where
-    a response begins. The copies themselves are not scored. `hidden` must come from a forward pass in which a
-    response sees the prompt and itself alone, and a copy has the position of what it copies: see collate and
-    pair_mask in align.py.
+    A row is prompt[:-1], then a segment for each response: prompt[-1] again, and the response. The copy of
+    prompt[-1] predicts the response's first token. It is not scored itself. `hidden` must come from a forward
+    pass in which a response sees the prompt and itself alone, and a copy has the position of what it copies:
+    see collate and pair_mask in align.py. With one response a row is an ordinary one, and needs no mask.
 
-    Only positions that predict a response token meet the vocabulary. More than `max_logits` logits (2^26: 256
+    Only columns that predict a response token meet the vocabulary. More than `max_logits` logits (2^26: 256
     MiB in fp32) are made in chunks, and again in the backward pass: memory does not grow with their number.
 
     Args:
@@ -202,7 +202,7 @@ def token_logps(states, lm_head, tokens):
 def last_token_rewards(hidden, score_weight, ends):
     """r(x, y): the linear reward head at the last response token, which is EOS.
 
-    Args: hidden (B, T, H); score_weight (1, H); ends (B, R), the position of each response's EOS.
+    Args: hidden (B, T, H); score_weight (1, H); ends (B, R), the column of each response's EOS in the row.
     Returns: (B, R), fp32 at least.
     """
     states = hidden[torch.arange(len(ends), device=ends.device)[:, None], ends]  # (B, R, H)

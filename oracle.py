@@ -79,9 +79,9 @@ class PairModel(torch.nn.Module):
 
     def forward(self, pairs, num_logps=2):
         """(logps, rewards) of B pairs, lists of token ids [prompt, chosen, rejected]: (B, 2) each, chosen
-        first. Without a head rewards are NaN. With num_logps 1 logps are of the chosen response alone."""
+        first. Without a head rewards are NaN. With num_logps 1 logps are (B, 1), of the chosen response."""
         input_ids, position_ids, segments, ends = collate(pairs, self.lm.device)
-        # entered in each forward pass: autocast keeps its bf16 copies of the weights until it is left
+        # entered anew in each forward pass: autocast keeps its bf16 copies of the weights until it exits
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.lm.device.type == "cpu"):
             hidden = self.lm.base_model(
                 input_ids=input_ids, position_ids=position_ids, attention_mask=pair_mask(segments),
@@ -97,9 +97,9 @@ def collate(rows, device):
     rows: lists of arrays of token ids, [prompt, y1, y2, ...]. `last` is a copy of the prompt's last token, at
     its position in the prompt.
     Returns integer tensors: input_ids, position_ids, segments (0: prompt, k: the k-th response, -1: padding),
-    (B, T) each; ends, the positions of each response's last token, EOS, where rewards are read, (B, R).
+    (B, T) each; ends, the column of each response's last token, EOS, where rewards are read, (B, R).
     """
-    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # of `last` a copy a response
+    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # `last` stands once a response
     width += -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
     input_ids = np.zeros((len(rows), width), int)
     position_ids = np.zeros((len(rows), width), int)
@@ -216,17 +216,17 @@ def set_pad_token(tokenizer, lm):
 # ---- plumbing: from here to the flags the stages share it to the letter (tests/test_copies.py) -------------
 
 @torch.no_grad()
-def score_all(model, pairs, numbers, args, description):
-    """(logps, rewards) of the pairs with these numbers, NaN for the others: (N, 2) each, on the CPU.
+def score_all(model, pairs, indices, args, description):
+    """(logps, rewards) of the pairs with these indices, NaN for the others: (N, 2) each, on the CPU.
     They are sorted by length and shared out among the processes."""
     scores = torch.zeros(2, len(pairs), 2, device=model.lm.device)
-    order = sorted(numbers, key=lambda i: -pairs.lengths[i].sum())
+    order = sorted(indices, key=lambda i: -pairs.lengths[i].sum())
     micro_batches = [order[i:i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for micro in tqdm(micro_batches[rank::world_size], description, disable=rank > 0, leave=False):
         scores[:, micro] = torch.stack(model([pairs[i] for i in micro]))
     dist.all_reduce(scores)
-    scores[:, np.setdiff1d(np.arange(len(pairs)), numbers)] = math.nan
+    scores[:, np.setdiff1d(np.arange(len(pairs)), indices)] = math.nan
     return scores.cpu()
 
 
@@ -523,7 +523,7 @@ def start_run(engine, args, *splits):
 
 def log(args, step, window, prefix="", **figures):
     """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
-    window: metrics of this process's pairs, dicts of (B,). One that is NaN for every pair is left out."""
+    window: metrics of this process's pairs, dicts of (B,). One that is NaN for all of them is left out."""
     means = {}
     for name in window[0]:
         here = torch.cat([metrics[name] for metrics in window]).cpu()
@@ -617,7 +617,7 @@ def say(message):
 def fail(message):
     """Ends the program on bad input: one line on stderr, exit status 2. Local rank 0 prints at once. The
     others wait 10 s: if the error is everyone's, the launcher has ended them by then, and the line appears
-    once. If it is theirs alone, they print it."""
+    once. If it is theirs alone, they print it, and the launcher ends the rest."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     tqdm.write(f"error: {' '.join(str(message).split()):.600}", file=sys.stderr)
@@ -654,8 +654,8 @@ def check_flags(args, may_be_zero):
 
 def resume_or_start(parser, args):
     """The flags of the run. With --resume they come from <out>/args.json: those in may_change may be given
-    anew, any other, and the number of processes, must be the same. Without --resume --out must hold no
-    checkpoint and no model."""
+    anew, any other, and the number of processes, must be the same. Without --resume the folder of --out must
+    hold no checkpoint and no model."""
     may_change = ("out", "resume", "local_rank", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
     before = {}
@@ -664,7 +664,7 @@ def resume_or_start(parser, args):
         with open(f"{args.out}/args.json") as file:
             before = json.load(file)
     elif args.resume:
-        fail(f"--resume: {args.out}/checkpoint holds no checkpoint; start without --resume")
+        fail(f"--resume: {args.out} holds no checkpoint: its run ended, or saved none; name another --out")
     elif unfinished or os.path.exists(f"{args.out}/config.json"):
         fail(f"--out: {args.out} holds a model or a checkpoint; go on with --resume, or name another folder")
     parser.set_defaults(**before)

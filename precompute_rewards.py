@@ -216,9 +216,9 @@ def collate(rows, device):
     rows: lists of arrays of token ids, [prompt, y1, y2, ...]. `last` is a copy of the prompt's last token, at
     its position in the prompt.
     Returns integer tensors: input_ids, position_ids, segments (0: prompt, k: the k-th response, -1: padding),
-    (B, T) each; ends, the positions of each response's last token, EOS, where rewards are read, (B, R).
+    (B, T) each; ends, the column of each response's last token, EOS, where rewards are read, (B, R).
     """
-    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # of `last` a copy a response
+    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # `last` stands once a response
     width += -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
     input_ids = np.zeros((len(rows), width), int)
     position_ids = np.zeros((len(rows), width), int)
@@ -400,7 +400,7 @@ def say(message):
 def fail(message):
     """Ends the program on bad input: one line on stderr, exit status 2. Local rank 0 prints at once. The
     others wait 10 s: if the error is everyone's, the launcher has ended them by then, and the line appears
-    once. If it is theirs alone, they print it."""
+    once. If it is theirs alone, they print it, and the launcher ends the rest."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     tqdm.write(f"error: {' '.join(str(message).split()):.600}", file=sys.stderr)

@@ -433,7 +433,7 @@ def start_run(engine, args, *splits):
 
 def log(args, step, window, prefix="", **figures):
     """Appends a line to <out>/log.jsonl: each metric's mean over the pairs of all processes, and the figures.
-    window: metrics of this process's pairs, dicts of (B,). One that is NaN for every pair is left out."""
+    window: metrics of this process's pairs, dicts of (B,). One that is NaN for all of them is left out."""
     means = {}
     for name in window[0]:
         here = torch.cat([metrics[name] for metrics in window]).cpu()
@@ -527,7 +527,7 @@ def say(message):
 def fail(message):
     """Ends the program on bad input: one line on stderr, exit status 2. Local rank 0 prints at once. The
     others wait 10 s: if the error is everyone's, the launcher has ended them by then, and the line appears
-    once. If it is theirs alone, they print it."""
+    once. If it is theirs alone, they print it, and the launcher ends the rest."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     tqdm.write(f"error: {' '.join(str(message).split()):.600}", file=sys.stderr)
@@ -564,8 +564,8 @@ def check_flags(args, may_be_zero):
 
 def resume_or_start(parser, args):
     """The flags of the run. With --resume they come from <out>/args.json: those in may_change may be given
-    anew, any other, and the number of processes, must be the same. Without --resume --out must hold no
-    checkpoint and no model."""
+    anew, any other, and the number of processes, must be the same. Without --resume the folder of --out must
+    hold no checkpoint and no model."""
     may_change = ("out", "resume", "local_rank", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
     before = {}
@@ -574,7 +574,7 @@ def resume_or_start(parser, args):
         with open(f"{args.out}/args.json") as file:
             before = json.load(file)
     elif args.resume:
-        fail(f"--resume: {args.out}/checkpoint holds no checkpoint; start without --resume")
+        fail(f"--resume: {args.out} holds no checkpoint: its run ended, or saved none; name another --out")
     elif unfinished or os.path.exists(f"{args.out}/config.json"):
         fail(f"--out: {args.out} holds a model or a checkpoint; go on with --resume, or name another folder")
     parser.set_defaults(**before)

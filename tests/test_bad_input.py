@@ -134,7 +134,7 @@ CASES = {
     "auto, as Transformers has it": (
         DPO, {"ds_config.json": entries(gradient_clipping="auto")}, "ds_config.json: ...; unless"),
     # checkpoints
-    "nothing to resume": (f"{SFT} --resume", {}, "--resume: new/checkpoint holds no checkpoint; start"),
+    "nothing to resume": (f"{SFT} --resume", {}, "--resume: new holds no checkpoint: its run ended, or saved none; name"),
     "an unfinished run": (f"{DPO} --out stopped", {}, "--out: stopped holds ...; go on with --resume"),
     "a finished model": (f"{ORACLE} --out out/sft", {}, "--out: out/sft holds a model ...another folder"),
     "another flag": (f"{RESUME} --beta 0.5", {}, "--resume: beta was 0.1 and is now 0.5; go on as the run"),

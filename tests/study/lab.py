@@ -42,8 +42,12 @@ METHODS = {  # what --choose has chosen; flags and whose rewards a method learns
     "e-DPO (standardised Oracle)": "--learning_rate 1e-4 --beta 0.3",
     "DRDO (head)": "--learning_rate 1e-4",
     "DRDO (head, mean p_w)": "--learning_rate 2e-4",
+    "DRDO (head, standardised Oracle)": "--learning_rate 1e-4",  # not chosen: see NO_REFERENCE
+    "DRDO (head, mean p_w, standardised Oracle)": "--learning_rate 1e-4",  # likewise
     "DRDO (logps)": "--learning_rate 1e-4 --beta 0.03",
+    "DRDO (logps, mean p_w)": "--learning_rate 1e-4 --beta 0.03",  # likewise
     "DRDO (logps, standardised Oracle)": "--learning_rate 1e-4 --beta 0.03",
+    "DRDO (logps, mean p_w, standardised Oracle)": "--learning_rate 1e-4 --beta 0.03",  # likewise
     "DRDO (log ratio)": "--learning_rate 1e-4 --beta 0.1",
     "DRDO (log ratio, mean p_w)": "--learning_rate 1e-4 --beta 0.1",
     "DRDO (log ratio, standardised Oracle)": "--learning_rate 1e-4 --beta 0.3",
@@ -59,6 +63,12 @@ RIVALS = ["cDPO", "rDPO"]
 for method in ("cDPO", "rDPO"):
     RIVALS += [f"{method} --label_smoothing {share}" for share in SHARES
                if not METHODS[method].endswith(str(share))]
+
+# The candidates for align.py's default: without a reference, all at one learning rate and beta.
+NO_REFERENCE = ["DRDO (head)", "DRDO (head, mean p_w) --learning_rate 1e-4", "DRDO (head, standardised Oracle)",
+                "DRDO (head, mean p_w, standardised Oracle)", "DRDO (logps)", "DRDO (logps, mean p_w)",
+                "DRDO (logps, standardised Oracle)", "DRDO (logps, mean p_w, standardised Oracle)"]
+HEADLINE = [*METHODS, *RIVALS[2:], NO_REFERENCE[1]]
 
 # AdamW does not see a loss's scale. So the contrastive term is alone at alpha 10000.
 BETAS = ["--beta 0.5", "--beta 1", "--beta 10"]
@@ -76,8 +86,8 @@ NO_LABELS = ["DRDO (head) --alpha 0", "DRDO (logps) --alpha 0"]  # they read no 
 # "equal" or "longer" winner, by words; and "relabelled", D_all in the order of the Oracle.
 setting = partial(common.setting, pairs=6000, steps=100, methods=[*METHODS])
 SETTINGS = {
-    "clean_all": setting(methods=[*METHODS, *RIVALS[2:]]),
-    "noisy_lc_le": setting(0.4, "lc_le", methods=[*METHODS, *RIVALS[2:]]),
+    "clean_all": setting(methods=HEADLINE),
+    "noisy_lc_le": setting(0.4, "lc_le", methods=HEADLINE),
     "steps_300": setting(0.4, "lc_le", steps=300, methods=LONG),
     "steps_1000": setting(0.4, "lc_le", steps=1000, methods=[*LONG, *RIVALS]),
     **{f"grid_{flip}_{who}": setting(flip, oracle=who, methods=[*GRID_METHODS, *RIVALS])
