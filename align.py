@@ -2,7 +2,7 @@
 
 In:   out/sft; data/all/{train,validation}.jsonl (prompt, chosen, rejected); for drdo and edpo rewards.pt
 Out:  out/<loss>/: model, tokenizer, args.json, log.jsonl, README.md; score.safetensors (DRDO's reward head);
-      checkpoint/ while it runs; step<k>/, policies on the way, with --keep_steps
+      checkpoint/ while it runs; step<k>/, intermediate policies, with --keep_steps
 
     deepspeed align.py --loss drdo --oracle_rewards rewards.pt
     deepspeed align.py --loss drdo --resume                              # goes on from the last checkpoint
@@ -110,7 +110,8 @@ class PairModel(torch.nn.Module):
         """(logps, rewards) of B pairs, lists of token ids [prompt, chosen, rejected]: (B, 2) each, chosen
         first. Without a head rewards are NaN. With num_logps 1 logps are (B, 1), of the chosen response."""
         input_ids, position_ids, segments, ends = collate(pairs, self.lm.device)
-        # entered anew in each forward pass: autocast keeps its bf16 copies of the weights until it exits
+        # entered anew in each forward pass: autocast keeps its bf16 copies of the weights until it exits, and
+        # after a step they would be old
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.lm.device.type == "cpu"):
             hidden = self.lm.base_model(
                 input_ids=input_ids, position_ids=position_ids, attention_mask=pair_mask(segments),
@@ -128,7 +129,7 @@ def collate(rows, device):
     Returns integer tensors: input_ids, position_ids, segments (0: prompt, k: the k-th response, -1: padding),
     (B, T) each; ends, the column of each response's last token, EOS, where rewards are read, (B, R).
     """
-    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # `last` stands once a response
+    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # R copies of `last`, one stands already
     width += -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
     input_ids = np.zeros((len(rows), width), int)
     position_ids = np.zeros((len(rows), width), int)
@@ -216,7 +217,7 @@ def main():
         evaluates = step % args.eval_steps == 0 or step == args.max_steps
         saves = args.save_steps and step % args.save_steps == 0
         if evaluates or saves or step == 1 or step % args.log_steps == 0:
-            # means over the steps since the last line, each before its update; evaluate is behind the last
+            # means since the last line, of each step before its update; evaluate takes the updated weights
             log(args, step, window, epoch=step * args.batch_size / len(pairs), learning_rate=learning_rate,
                 grad_norm=grad_norm, tokens_per_second=tokens / (time.time() - start))
             if evaluates:
@@ -360,9 +361,9 @@ class Rows:
 
 def encode(tokenizer, prompt, responses, end=None):
     """Token ids [prompt, *responses]; and whether prompt and responses are tokenised apart, because one token
-    would hold text of both. With a chat template the ids are cut from the conversation as the template writes
-    it. The prompt is all that precedes the response, an empty thought too. A response ends in the token
-    `end`; without `end`, where the template ends. Without a template a row is BOS, prompt, response, EOS."""
+    would hold text of both. With a chat template the whole conversation is tokenised, then split. All before
+    the response is the prompt, an empty <think> block too. A response ends in the token `end`; without `end`,
+    where the template ends. Without a template a row is BOS, prompt, response, EOS."""
     assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     assert all(isinstance(text, str) for text in texts), "a message's content is not a string"
@@ -373,15 +374,15 @@ def encode(tokenizer, prompt, responses, end=None):
         "the prompt begins with a control token: give its text or its messages alone")
     plain = {"add_special_tokens": False, "split_special_tokens": True}  # control tokens in a text stay text
     if tokenizer.chat_template:
-        if isinstance(prompt, str) and not prompt[-1].isspace():  # the space that parts it from a text prompt
+        if isinstance(prompt, str) and not prompt[-1].isspace():  # it parts a response from a text prompt
             responses = [response.removeprefix(" ") for response in responses]
+        # What the conversations of "4." and "I" share in front is the prompt, and behind the template's tail:
+        # the two begin and end unlike each other
         chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
         for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
         lead = chat[:chat.rindex("4.")].rstrip()
-        assert all(text.startswith(lead) for text in chats), "the chat template writes its thought otherwise"
-        # "4." and "I" begin and end unlike each other: their conversations share the prompt in front, and the
-        # tail behind
+        assert all(text.startswith(lead) for text in chats), "the chat template writes another <think> block"
         one, other, *wholes = render(tokenizer, prompt, ["4.", "I", *responses])
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
@@ -451,9 +452,10 @@ def end_token(tokenizer, stops):
 
 
 def plan_steps(row_tokens, args):
-    """The rows of each optimizer step, (max_steps, batch_size), by the seed alone: neither processes nor
-    --resume change them. Each epoch is a new permutation, less the rows that fill no step. Within a step the
-    longest come first, so that a micro-batch holds little padding.
+    """The rows of each optimizer step, (max_steps, batch_size). They follow from --seed, --batch_size and the
+    number of rows: neither processes nor --resume change them. Each epoch is a new shuffle, and rows left
+    over at its end are skipped. Within a step the longest come first, so that a micro-batch holds little
+    padding.
     Sets the defaults of --micro_batch_size, --max_steps and --warmup_steps."""
     num_rows, size = len(row_tokens), args.batch_size
     fitting = [n for n in range(1, 9) if size % (n * args.processes) == 0]
@@ -545,11 +547,12 @@ def make_engine(model, args):
         config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
                    "train_micro_batch_size_per_gpu": args.micro_batch_size,
                    "bf16": {"enabled": torch.cuda.is_available() and args.dtype == "bf16"}}
-        if args.processes == 1 and not torch.cuda.is_available():  # ZeRO would copy weights and gradients
+        if args.processes == 1 and not torch.cuda.is_available():  # nothing to shard: ZeRO would only copy
             limit = config.get("gradient_clipping") or math.inf
             config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
-            optimizer.register_step_pre_hook(lambda *_: setattr(  # at stage 0 DeepSpeed forgets the norm
-                optimizer, "_global_grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
+            def clip(*_):  # DeepSpeed reads the norm here; at stage 0 it writes none
+                optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+            optimizer.register_step_pre_hook(clip)
         return deepspeed.initialize(None, model, optimizer, config=config)[0]
     except Exception as error:
         fail(f"--deepspeed_config {args.deepspeed_config}: {reason(error)}; unless memory ran out, take the "

@@ -13,7 +13,7 @@ p_w = sigma(z_w - z_l), sigma the logistic function.
 
 Each loss takes and returns tensors of shape (B,), one number a pair; e-DPO's Oracle rewards alone are (K, B).
 Call .mean() on it. Shapes are not checked: (B, 1) beside (B,) would broadcast. Half precision is computed in
-fp32. Losses and gradients are finite for inputs up to 1e15 in size.
+fp32. Losses and gradients are finite for inputs up to 1e15 in magnitude.
 """
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ def robust_dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected
     -[(1 - epsilon) log sigma(h) - epsilon log sigma(-h)] / (1 - 2 epsilon), h as in `dpo_loss`
 
     label_smoothing is epsilon, the share of wrong labels, in [0, 0.5). The loss's mean over such labels is
-    DPO's over right ones. It has no lower bound: its slope in h is below -epsilon / (1 - 2 epsilon) everywhere.
+    DPO's over right ones. It has no lower bound: its slope in h stays below -epsilon / (1 - 2 epsilon).
     """
     h = beta * log_ratio(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     loss = -(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)
@@ -132,10 +132,11 @@ def distillation_loss(student_chosen_rewards, student_rejected_rewards,
 def contrastive_loss(chosen_logps, rejected_logps, gamma=2.0, preference_logits=None):
     """Eq. 6, second term without alpha: -(1 - p_w)^gamma log(pi(y_w|x) / (1 - pi(y_l|x))).
 
-    The factor is near 0 where pi already prefers y_w. p_w = sigma(preference_logits), z_w - z_l by default;
-    give mean log-probs, or detach them, to change p_w alone. Summed log-probs differ by many nats, mostly by
-    length. So p_w is near 0 or 1 for most pairs from step 1 on, and its mean is about the share of pairs
-    whose chosen response is the likelier one, often the shorter. All are (B,).
+    (1 - p_w)^gamma is near 0 where pi already prefers y_w. p_w = sigma(preference_logits), which by default
+    are z_w - z_l. Pass a difference of mean log-probs to use those in p_w, or a detached one to stop the
+    gradient through it. Summed log-probs differ by many nats, mostly by length. So p_w is near 0 or 1 for
+    most pairs from step 1 on, and its mean is about the share of pairs whose chosen response is the likelier
+    one, often the shorter. All are (B,).
     """
     chosen_logps, rejected_logps = upcast(chosen_logps), upcast(rejected_logps)
     if preference_logits is None:
@@ -167,9 +168,9 @@ def response_logps(hidden, lm_head, input_ids, segments, num_responses=2, max_lo
     A row is prompt[:-1], then a segment for each response: prompt[-1] again, and the response. The copy of
     prompt[-1] predicts the response's first token. It is not scored itself. `hidden` must come from a forward
     pass in which a response sees the prompt and itself alone, and a copy has the position of what it copies:
-    see collate and pair_mask in align.py. With one response a row is an ordinary one, and needs no mask.
+    see collate and pair_mask in align.py. With one response a row is an ordinary one: a causal mask will do.
 
-    Only columns that predict a response token meet the vocabulary. More than `max_logits` logits (2^26: 256
+    lm_head is applied only at columns that predict a response token. More than `max_logits` logits (2^26: 256
     MiB in fp32) are made in chunks, and again in the backward pass: memory does not grow with their number.
 
     Args:

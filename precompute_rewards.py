@@ -218,7 +218,7 @@ def collate(rows, device):
     Returns integer tensors: input_ids, position_ids, segments (0: prompt, k: the k-th response, -1: padding),
     (B, T) each; ends, the column of each response's last token, EOS, where rewards are read, (B, R).
     """
-    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # `last` stands once a response
+    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # R copies of `last`, one stands already
     width += -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
     input_ids = np.zeros((len(rows), width), int)
     position_ids = np.zeros((len(rows), width), int)
@@ -273,9 +273,9 @@ def hash_of(path):
 
 def encode(tokenizer, prompt, responses, end=None):
     """Token ids [prompt, *responses]; and whether prompt and responses are tokenised apart, because one token
-    would hold text of both. With a chat template the ids are cut from the conversation as the template writes
-    it. The prompt is all that precedes the response, an empty thought too. A response ends in the token
-    `end`; without `end`, where the template ends. Without a template a row is BOS, prompt, response, EOS."""
+    would hold text of both. With a chat template the whole conversation is tokenised, then split. All before
+    the response is the prompt, an empty <think> block too. A response ends in the token `end`; without `end`,
+    where the template ends. Without a template a row is BOS, prompt, response, EOS."""
     assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     assert all(isinstance(text, str) for text in texts), "a message's content is not a string"
@@ -286,15 +286,15 @@ def encode(tokenizer, prompt, responses, end=None):
         "the prompt begins with a control token: give its text or its messages alone")
     plain = {"add_special_tokens": False, "split_special_tokens": True}  # control tokens in a text stay text
     if tokenizer.chat_template:
-        if isinstance(prompt, str) and not prompt[-1].isspace():  # the space that parts it from a text prompt
+        if isinstance(prompt, str) and not prompt[-1].isspace():  # it parts a response from a text prompt
             responses = [response.removeprefix(" ") for response in responses]
+        # What the conversations of "4." and "I" share in front is the prompt, and behind the template's tail:
+        # the two begin and end unlike each other
         chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
         for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
         lead = chat[:chat.rindex("4.")].rstrip()
-        assert all(text.startswith(lead) for text in chats), "the chat template writes its thought otherwise"
-        # "4." and "I" begin and end unlike each other: their conversations share the prompt in front, and the
-        # tail behind
+        assert all(text.startswith(lead) for text in chats), "the chat template writes another <think> block"
         one, other, *wholes = render(tokenizer, prompt, ["4.", "I", *responses])
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]

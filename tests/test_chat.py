@@ -208,7 +208,7 @@ def test_what_a_template_loses_or_refuses_is_an_error():
     thought = "<think>\n\n</think>\n\n"
     thinks = byte_level(EMPTY_THOUGHT.replace(
         thought, "{% if '</think>' not in m['content'] %}" + thought + "{% endif %}"))
-    with pytest.raises(AssertionError, match="writes its thought otherwise"):
+    with pytest.raises(AssertionError, match="writes another <think> block"):
         align.encode(thinks, QUESTION, ["<think>\nI guess.</think>He."])
 
 
