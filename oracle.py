@@ -33,9 +33,10 @@ import shutil
 import sys
 import time
 from array import array
+from contextlib import contextmanager
 from difflib import get_close_matches
-from glob import glob
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -237,7 +238,7 @@ def check_layout(lm, pairs, args):
     model ignores 4D masks, scales its logits, or slides a window shorter than prompt + response."""
     longest = (pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).argmax()
     prompt, *responses = pairs[longest]
-    try:
+    with or_fail(f"--model {args.model}", "take another model type, or a smaller --max_length"):
         logps, _ = PairModel(lm)([pairs[longest]])
         for response, logp in zip(responses, logps[0]):
             ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long, device=lm.device)
@@ -245,8 +246,6 @@ def check_layout(lm, pairs, args):
             own = logits.double().log_softmax(-1).gather(-1, ids[len(prompt):, None]).sum()
             assert abs(own - logp) <= 0.001 * len(response), (  # NaN too
                 f"log pi(y|x) of a response is {own:.2f} by its own forward, {logp:.2f} in the row of a pair")
-    except Exception as error:  # models break in many ways on a mask or a position they do not know
-        fail(f"--model {args.model}: {reason(error)}; take another model type, or a smaller --max_length")
 
 
 class Rows:
@@ -262,16 +261,14 @@ class Rows:
         flat = array("i")
         number = num_apart = 0
         lines, lengths = [], []
+        fix = f"write one JSON object a line, in UTF-8, with prompt, {', '.join(keys)}"
         with open(path, "rb") as file:
             bar = tqdm(islice(file, limit or None), "tokenising", unit=" rows", disable=dist.get_rank() > 0)
             for number, line in enumerate(bar, 1):
-                try:
+                with or_fail(f"{path}, line {number}", fix):  # no JSON, no text, what a chat template refuses
                     fields = json.loads(line)
                     responses = [fields[key] for key in keys]
                     ids, apart = encode(tokenizer, fields["prompt"], responses, end)
-                except Exception as error:  # no JSON, no text, what a chat template refuses
-                    fail(f"{path}, line {number}: {reason(error)}; write one JSON object a line, in UTF-8, "
-                         f"with prompt, {', '.join(keys)}")
                 if len(ids[0]) + max(map(len, ids[1:])) <= max_length:
                     num_apart += apart
                     lines.append(number)
@@ -279,7 +276,7 @@ class Rows:
                     flat.extend(sum(ids, []))
         if not lines:
             fail(f"{path}: none of {number} rows fits in --max_length {max_length} or the model's positions")
-        say(f"{path}: {len(lines)} rows, {number - len(lines)} over --max_length {max_length} dropped; "
+        print(f"{path}: {len(lines)} rows, {number - len(lines)} over --max_length {max_length} dropped; "
             f"{num_apart} tokenised apart from their prompt, as one token would hold text of both")
         self.ids = np.frombuffer(flat, np.int32)
         self.lines = np.array(lines)
@@ -287,10 +284,6 @@ class Rows:
         self.starts = self.lengths.sum(1).cumsum() - self.lengths.sum(1)
         self.sha256 = hashlib.sha256(self.ids)
         self.sha256.update(self.lengths)
-
-    def keep(self, kept):
-        """Leaves out the rows where `kept`, (N,), is False."""
-        self.lines, self.lengths, self.starts = self.lines[kept], self.lengths[kept], self.starts[kept]
 
     def __len__(self):
         return len(self.lines)
@@ -305,17 +298,15 @@ def encode(tokenizer, prompt, responses, end=None):
     would hold text of both. With a chat template the whole conversation is tokenised, then split. All before
     the response is the prompt, an empty <think> block too. A response ends in the token `end`; without `end`,
     where the template ends. Without a template a row is BOS, prompt, response, EOS."""
-    assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
-    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    assert all(isinstance(text, str) for text in texts), "a message's content is not a string"
-    assert all(isinstance(response, str) for response in responses), "a response is not a string"
+    is_text = isinstance(prompt, str)
+    texts = [prompt] if is_text else [message["content"] for message in prompt]
+    assert all(isinstance(text, str) for text in texts + responses), "a message or a response is not a string"
     assert any(texts), "the prompt is empty"
-    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (
-        "the prompt begins with a control token: give its text or its messages alone")
+    control = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    assert not (is_text and prompt.startswith(control)), "the prompt begins with a control token"
     plain = {"add_special_tokens": False, "split_special_tokens": True}  # control tokens in a text stay text
     if tokenizer.chat_template:
-        if isinstance(prompt, str) and not prompt[-1].isspace():  # it parts a response from a text prompt
+        if is_text and not prompt[-1].isspace():  # it parts a response from a text prompt
             responses = [response.removeprefix(" ") for response in responses]
         # What the conversations of "4." and "I" share in front is the prompt, and behind the template's tail:
         # the two begin and end unlike each other
@@ -327,11 +318,11 @@ def encode(tokenizer, prompt, responses, end=None):
         one, other, *wholes = render(tokenizer, prompt, ["4.", "I", *responses])
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
-        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":  # it has begun the response
+        if not is_text and prompt[-1]["role"] == "assistant":  # it has begun the response
             begun, = render(tokenizer, prompt, [""])
             head = begun[:len(begun) - len(tail)]
     else:
-        if not isinstance(prompt, str):
+        if not is_text:
             turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
             prompt = "\n\n".join(turns + ["Assistant:\n"] * (prompt[-1]["role"] != "assistant"))
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -369,24 +360,18 @@ def render(tokenizer, prompt, responses, tokenize=True):
                                          return_dict=False)
 
 
-def template_of(tokenizer):
-    """A short conversation as the chat template writes it, or "" without one: shows if prompts read alike."""
-    if not tokenizer.chat_template:
-        return ""
-    return render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)[0]
-
-
 def end_token(tokenizer, stops):
     """The token that ends a response: of what the chat template writes after one, the first token in `stops`,
     else the first control token, else EOS. Raises if `encode` differs from the template's own ids."""
     if not tokenizer.chat_template:
         return tokenizer.eos_token_id
     (prompt, response), _ = encode(tokenizer, "What is 2 + 2?", ["It is 4."])
-    own = tokenizer(template_of(tokenizer), add_special_tokens=False).input_ids
+    text, = render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)
+    own = tokenizer(text, add_special_tokens=False).input_ids
     assert prompt + response == own, "the stages read other tokens than its chat template writes"
     year = time.strftime("%Y")
-    if year in template_of(tokenizer) and year not in tokenizer.chat_template:
-        say("the chat template writes the day's date: on another day the same prompts are other tokens")
+    if year in text and year not in tokenizer.chat_template:
+        print("the chat template writes the day's date: on another day the same prompts are other tokens")
     control = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     found = [id for id in response if id in stops] + [id for id in response if id in control]
     return found[0] if found else tokenizer.eos_token_id
@@ -411,7 +396,7 @@ def plan_steps(row_tokens, args):
         args.max_steps = max(1, epochs_end if args.epochs else min(1000, epochs_end))
     if args.warmup_steps is None:
         args.warmup_steps = min(100, args.max_steps // 10)
-    say(f"{args.max_steps} steps of {size}: {args.max_steps * size / num_rows:.2f} epochs, "
+    print(f"{args.max_steps} steps of {size}: {args.max_steps * size / num_rows:.2f} epochs, "
         f"{args.warmup_steps} steps of warm-up")
     per_epoch = num_rows // size  # steps
     steps = []
@@ -447,7 +432,8 @@ def load_model(folder, device, attention=None):
     """The folder's tokenizer and causal LM: fp32 (DeepSpeed casts it), no dropout. attention: "sdpa" for the
     row of a pair, whose mask is 4D; None: what transformers takes."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    try:
+    kind = f"whole causal LM{' with SDPA attention' if attention else ''}"
+    with or_fail(f"--model {folder}", f"give the folder or the hub name of a {kind}"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
         config = AutoConfig.from_pretrained(folder)
@@ -455,18 +441,14 @@ def load_model(folder, device, attention=None):
             for name, value in part.to_dict().items():
                 if ("drop" in name or "jitter" in name) and isinstance(value, float):
                     setattr(part, name, 0.0)  # OPT's dropout is functional: only the config ends it
-        lm, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32,
-                                                        attn_implementation=attention,
-                                                        output_loading_info=True)
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype="float32", attn_implementation=attention, output_loading_info=True)
         assert not info["missing_keys"], f"its weights lack {min(info['missing_keys'])}"
         assert len(tokenizer) <= lm.get_input_embeddings().num_embeddings, "its tokenizer is too large"
         stops = lm.generation_config.eos_token_id
         stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
         end = end_token(tokenizer, stops)  # first in generation_config.json: servers stop there too
         lm.generation_config.eos_token_id = [end, *sorted(stops - {end})]
-    except Exception as error:  # libraries raise anything where a file is damaged
-        kind = f"whole causal LM{attention and ' with SDPA attention' or ''}"
-        fail(f"--model {folder}: {reason(error)}; give the folder or the hub name of a {kind}")
     lm.get_input_embeddings().padding_idx = None  # it stops a token's gradient; some models pad with EOS
     return tokenizer, lm.to(device).train()
 
@@ -480,9 +462,9 @@ def make_engine(model, args):
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms: no weight decay
     groups = {"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
-    try:
-        with open(args.deepspeed_config) as file:
-            config = json.load(file)
+    with or_fail(f"--deepspeed_config {args.deepspeed_config}",
+                 "unless memory ran out, take the ds_config.json here"):
+        config = json.loads(Path(args.deepspeed_config).read_text())
         assert config["zero_optimization"]["stage"] in (1, 2), "ZeRO's stage must be 1 or 2"
         assert config.get("gradient_clipping", 0) >= 0, "gradient_clipping must be 0 or more"
         config |= {"train_batch_size": args.batch_size, "steps_per_print": 2**31,
@@ -495,9 +477,6 @@ def make_engine(model, args):
                 optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
             optimizer.register_step_pre_hook(clip)
         return deepspeed.initialize(None, model, optimizer, config=config)[0]
-    except Exception as error:
-        fail(f"--deepspeed_config {args.deepspeed_config}: {reason(error)}; unless memory ran out, take the "
-             "ds_config.json here")
 
 
 def start_run(engine, args, *splits):
@@ -506,13 +485,10 @@ def start_run(engine, args, *splits):
     sha256 = [split.sha256.hexdigest() for split in splits if split]
     state = {"step": 0, "log_size": 0, "data_sha256": sha256}  # align.py adds its references
     if args.resume:
-        try:
-            _, saved = engine.load_checkpoint(f"{args.out}/checkpoint")
-            state = saved["state"]
+        with or_fail(f"--resume: cannot load {args.out}/checkpoint",
+                     "go on as the run began, or delete the folder"):
+            state = engine.load_checkpoint(f"{args.out}/checkpoint")[1]["state"]
             assert state["data_sha256"] == sha256, "the data, their token ids or their rewards have changed"
-        except Exception as error:
-            fail(f"--resume: cannot load {args.out}/checkpoint: {reason(error)}; go on as the run began, or "
-                 "delete the folder")
     if dist.get_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
         if not args.resume:
@@ -520,7 +496,6 @@ def start_run(engine, args, *splits):
                 json.dump(vars(args) | {"data_sha256": sha256}, file, indent=2)
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.truncate(min(state["log_size"], file.tell()))  # later steps are logged again
-    say(f"{args.out}: from step {state['step']}")
     return state
 
 
@@ -550,11 +525,10 @@ def save_checkpoint(engine, args, state):
     # DeepSpeed would write `latest` while other processes still write their part of the step
     engine.save_checkpoint(folder, step, client_state={"state": state}, save_latest=False)
     if dist.get_rank() == 0:
-        with open(f"{folder}/partial", "w") as file:
-            file.write(step)
+        Path(folder, "partial").write_text(step)
         os.replace(f"{folder}/partial", f"{folder}/latest")
-        for name in set(glob("step*", root_dir=folder)) - {step}:
-            shutil.rmtree(f"{folder}/{name}")
+        for other in {*Path(folder).glob("step*")} - {Path(folder, step)}:
+            shutil.rmtree(other)
 
 
 def save_model(lm, tokenizer, folder):
@@ -565,22 +539,20 @@ def save_model(lm, tokenizer, folder):
     if dist.get_rank() == 0:
         lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if os.path.exists(f"{folder}/checkpoint/latest"):  # first: without it the rest is no checkpoint
-            os.remove(f"{folder}/checkpoint/latest")
+        Path(folder, "checkpoint/latest").unlink(missing_ok=True)  # first: the rest is then no checkpoint
         shutil.rmtree(f"{folder}/checkpoint", ignore_errors=True)
-    say(f"{folder}: model and tokenizer written")
+    print(f"{folder}: model and tokenizer written")
 
 
 def write_card(args):
     """Writes <out>/README.md, which a model hub shows: the flags, the data's hash, the last metrics."""
     if dist.get_rank() == 0:
-        with open(f"{args.out}/args.json") as flags, open(f"{args.out}/log.jsonl") as log_lines:
-            *_, metrics = log_lines
-            card = ("---\nlibrary_name: transformers\n---\n\n"
-                    f"{args.stage} of nanoDRDO trained this model from {args.model} on {args.data}.\n\n"
-                    f"```json\n{flags.read()}\n```\n\nAt the end of training:\n\n```json\n{metrics}```\n")
-        with open(f"{args.out}/README.md", "w") as file:
-            file.write(card)
+        flags = Path(args.out, "args.json").read_text()
+        metrics = Path(args.out, "log.jsonl").read_text().splitlines()[-1]
+        Path(args.out, "README.md").write_text(
+            "---\nlibrary_name: transformers\n---\n\n"
+            f"{args.stage} of nanoDRDO trained this model from {args.model} on {args.data}.\n\n"
+            f"```json\n{flags}\n```\n\nAt the end of training:\n\n```json\n{metrics}\n```\n")
 
 
 def init_process(args):
@@ -598,23 +570,18 @@ def init_process(args):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         device = torch.device("cpu")
-        capabilities = torch.cpu.get_capabilities()
-        has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        has_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
         # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:  # the launcher's processes share the cores
             torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", 1))))
     deepspeed.init_distributed(verbose=False)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # one process prints
     if args.dtype == "auto":
         args.dtype = "bf16" if has_bf16 else "fp32"
-    say(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
+    print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
     return device
-
-
-def say(message):
-    """Prints a line once, however many processes run."""
-    if dist.get_rank() == 0:
-        print(message)
 
 
 def fail(message):
@@ -627,12 +594,15 @@ def fail(message):
     sys.exit(2)
 
 
-def reason(error):
-    """An error's first sentence; for a KeyError the missing key."""
-    if isinstance(error, KeyError):
-        return f"{error} is missing"
-    text = " ".join(str(getattr(error, "msg", error)).split())
-    return text.split(". ")[0].rstrip(".") or type(error).__name__
+@contextmanager
+def or_fail(what, fix):
+    """Ends the program by `fail` on an error inside it: of what, the error's first sentence, the fix."""
+    try:
+        yield
+    except Exception as error:  # libraries raise anything where a file is damaged
+        missing = " is missing" if isinstance(error, KeyError) else ""
+        text = " ".join(str(getattr(error, "msg", error)).split())
+        fail(f"{what}: {text.split('. ')[0].rstrip('.') or type(error).__name__}{missing}; {fix}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -661,15 +631,12 @@ def resume_or_start(parser, args):
     hold no checkpoint and no model."""
     may_change = ("out", "resume", "local_rank", "micro_batch_size", "gradient_checkpointing", "log_steps",
                   "eval_steps", "save_steps", "keep_steps")
-    before = {}
     unfinished = os.path.exists(f"{args.out}/checkpoint/latest")
-    if args.resume and unfinished:
-        with open(f"{args.out}/args.json") as file:
-            before = json.load(file)
-    elif args.resume:
+    if args.resume and not unfinished:
         fail(f"--resume: {args.out} holds no checkpoint: its run ended, or saved none; name another --out")
-    elif unfinished or os.path.exists(f"{args.out}/config.json"):
+    if not args.resume and (unfinished or os.path.exists(f"{args.out}/config.json")):
         fail(f"--out: {args.out} holds a model or a checkpoint; go on with --resume, or name another folder")
+    before = json.loads(Path(args.out, "args.json").read_text()) if args.resume else {}
     parser.set_defaults(**before)
     now = vars(parser.parse_args()) | {"out": args.out, "stage": parser.prog}
     now["processes"] = int(os.environ.get("WORLD_SIZE", 1))
@@ -726,5 +693,5 @@ if __name__ == "__main__":
     except OSError as error:  # a file that is missing, a full disk, no permission
         fail(error)
     except torch.OutOfMemoryError as error:
-        fail(f"{reason(error)}; lower --micro_batch_size")
+        fail(f"{str(error).split('. ')[0]}; lower --micro_batch_size")
     dist.destroy_process_group()

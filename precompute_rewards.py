@@ -23,6 +23,7 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 import numpy as np
@@ -90,7 +91,7 @@ def score(model, texts, micro_batch_size, description):
     rewards = torch.zeros(len(texts), device=model.device)
     rows = rows_of(texts, micro_batch_size)
     if not takes_mask(model, texts, rows):
-        say(f"{description} does not take the mask of several responses in a row: each text is scored alone")
+        print(f"{description} does not take the mask of several responses in a row: texts are scored alone")
         rows = [[i] for i in range(len(texts))]
     micro_batches = []
     for row in sorted(rows, key=lambda row: (len(row), tokens_of(texts, row)), reverse=True):
@@ -155,12 +156,12 @@ def takes_mask(model, texts, rows):
 def read_texts(path, tokenizer):
     """(texts, columns): (prompt, response) of each text, arrays of token ids, a text once; and {key: the
     number of each row's text, or -1 where it has none}. Keys: chosen, rejected; or response, reference."""
-    texts, columns = [], {}
-    numbers = {}  # of the texts, by their hash
+    texts, columns = {}, {}  # texts: {hash: (number, text)}
+    fix = "write one JSON object a line, in UTF-8, with prompt, chosen and rejected, or prompt and response"
     with open(path, "rb") as file:
         bar = tqdm(file, "tokenising", unit=" rows", disable=dist.get_rank() > 0)
         for line_number, line in enumerate(bar, 1):
-            try:
+            with or_fail(f"{path}, line {line_number}", fix):  # no JSON, no text, what a template refuses
                 row = json.loads(line)
                 if not columns:
                     generations = "response" in row and "chosen" not in row
@@ -173,16 +174,11 @@ def read_texts(path, tokenizer):
                     ids, _ = encode(tokenizer, row["prompt"], [row[key]])
                     text = [np.array(part, np.int32) for part in ids]
                     digest = hashlib.sha256(np.concatenate(text)).digest()
-                    if digest not in numbers:
-                        numbers[digest] = len(texts)
-                        texts.append(text)
-                    column.append(numbers[digest])
-            except Exception as error:  # no JSON, no text, what a chat template refuses
-                fail(f"{path}, line {line_number}: {reason(error)}; write one JSON object a line, in UTF-8, "
-                     "with prompt, chosen and rejected, or with prompt and response")
+                    number, _ = texts.setdefault(digest, (len(texts), text))
+                    column.append(number)
     if not columns:
         fail(f"{path}: it has 0 rows; give pairs or generations")
-    return texts, {key: column for key, column in columns.items() if max(column) >= 0}
+    return [text for _, text in texts.values()], {key: c for key, c in columns.items() if max(c) >= 0}
 
 
 def relabel(data, rewards, path):
@@ -250,7 +246,7 @@ def load_oracle(folder, device, dtype):
     """The folder's tokenizer and reward model, in "bf16" or "fp32": a decoder with a linear head `score`."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    try:
+    with or_fail(f"--oracle {folder}", "give a reward model with one label; oracle.py trains one"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token_id is not None, "its tokenizer has no EOS token"
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -259,8 +255,6 @@ def load_oracle(folder, device, dtype):
         assert hasattr(model, "score"), "it has no linear head score.weight"
         assert len(tokenizer) <= model.get_input_embeddings().num_embeddings, "its tokenizer is too large"
         end_token(tokenizer, [])
-    except Exception as error:  # libraries raise anything where a file is damaged
-        fail(f"--oracle {folder}: {reason(error)}; give a reward model with one label; oracle.py trains one")
     return tokenizer, model.to(device).eval()
 
 
@@ -276,17 +270,15 @@ def encode(tokenizer, prompt, responses, end=None):
     would hold text of both. With a chat template the whole conversation is tokenised, then split. All before
     the response is the prompt, an empty <think> block too. A response ends in the token `end`; without `end`,
     where the template ends. Without a template a row is BOS, prompt, response, EOS."""
-    assert isinstance(prompt, (str, list)), "the prompt is neither a string nor a list of messages"
-    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    assert all(isinstance(text, str) for text in texts), "a message's content is not a string"
-    assert all(isinstance(response, str) for response in responses), "a response is not a string"
+    is_text = isinstance(prompt, str)
+    texts = [prompt] if is_text else [message["content"] for message in prompt]
+    assert all(isinstance(text, str) for text in texts + responses), "a message or a response is not a string"
     assert any(texts), "the prompt is empty"
-    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    assert not (isinstance(prompt, str) and prompt.startswith(tuple(control))), (
-        "the prompt begins with a control token: give its text or its messages alone")
+    control = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    assert not (is_text and prompt.startswith(control)), "the prompt begins with a control token"
     plain = {"add_special_tokens": False, "split_special_tokens": True}  # control tokens in a text stay text
     if tokenizer.chat_template:
-        if isinstance(prompt, str) and not prompt[-1].isspace():  # it parts a response from a text prompt
+        if is_text and not prompt[-1].isspace():  # it parts a response from a text prompt
             responses = [response.removeprefix(" ") for response in responses]
         # What the conversations of "4." and "I" share in front is the prompt, and behind the template's tail:
         # the two begin and end unlike each other
@@ -298,11 +290,11 @@ def encode(tokenizer, prompt, responses, end=None):
         one, other, *wholes = render(tokenizer, prompt, ["4.", "I", *responses])
         head = os.path.commonprefix([one, other])
         tail = os.path.commonprefix([one[::-1], other[::-1]])[::-1]
-        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":  # it has begun the response
+        if not is_text and prompt[-1]["role"] == "assistant":  # it has begun the response
             begun, = render(tokenizer, prompt, [""])
             head = begun[:len(begun) - len(tail)]
     else:
-        if not isinstance(prompt, str):
+        if not is_text:
             turns = [f"{turn['role'].title().replace('User', 'Human')}: {turn['content']}" for turn in prompt]
             prompt = "\n\n".join(turns + ["Assistant:\n"] * (prompt[-1]["role"] != "assistant"))
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -341,10 +333,8 @@ def render(tokenizer, prompt, responses, tokenize=True):
 
 
 def template_of(tokenizer):
-    """A short conversation as the chat template writes it, or "" without one: shows if prompts read alike."""
-    if not tokenizer.chat_template:
-        return ""
-    return render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)[0]
+    """A short conversation as the chat template writes it, None without one: shows if prompts read alike."""
+    return tokenizer.chat_template and render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)[0]
 
 
 def end_token(tokenizer, stops):
@@ -353,11 +343,12 @@ def end_token(tokenizer, stops):
     if not tokenizer.chat_template:
         return tokenizer.eos_token_id
     (prompt, response), _ = encode(tokenizer, "What is 2 + 2?", ["It is 4."])
-    own = tokenizer(template_of(tokenizer), add_special_tokens=False).input_ids
+    text, = render(tokenizer, "What is 2 + 2?", ["It is 4."], tokenize=False)
+    own = tokenizer(text, add_special_tokens=False).input_ids
     assert prompt + response == own, "the stages read other tokens than its chat template writes"
     year = time.strftime("%Y")
-    if year in template_of(tokenizer) and year not in tokenizer.chat_template:
-        say("the chat template writes the day's date: on another day the same prompts are other tokens")
+    if year in text and year not in tokenizer.chat_template:
+        print("the chat template writes the day's date: on another day the same prompts are other tokens")
     control = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     found = [id for id in response if id in stops] + [id for id in response if id in control]
     return found[0] if found else tokenizer.eos_token_id
@@ -378,23 +369,18 @@ def init_process(args):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         device = torch.device("cpu")
-        capabilities = torch.cpu.get_capabilities()
-        has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        has_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
         # DeepSpeed would compile a C++ all-reduce for CPUs, and crash without a compiler; gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:  # the launcher's processes share the cores
             torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", 1))))
     deepspeed.init_distributed(verbose=False)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # one process prints
     if args.dtype == "auto":
         args.dtype = "bf16" if has_bf16 else "fp32"
-    say(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
+    print(f"{device.type}, {args.dtype}, {dist.get_world_size()} processes")
     return device
-
-
-def say(message):
-    """Prints a line once, however many processes run."""
-    if dist.get_rank() == 0:
-        print(message)
 
 
 def fail(message):
@@ -407,12 +393,15 @@ def fail(message):
     sys.exit(2)
 
 
-def reason(error):
-    """An error's first sentence; for a KeyError the missing key."""
-    if isinstance(error, KeyError):
-        return f"{error} is missing"
-    text = " ".join(str(getattr(error, "msg", error)).split())
-    return text.split(". ")[0].rstrip(".") or type(error).__name__
+@contextmanager
+def or_fail(what, fix):
+    """Ends the program by `fail` on an error inside it: of what, the error's first sentence, the fix."""
+    try:
+        yield
+    except Exception as error:  # libraries raise anything where a file is damaged
+        missing = " is missing" if isinstance(error, KeyError) else ""
+        text = " ".join(str(getattr(error, "msg", error)).split())
+        fail(f"{what}: {text.split('. ')[0].rstrip('.') or type(error).__name__}{missing}; {fix}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -469,5 +458,5 @@ if __name__ == "__main__":
     except OSError as error:  # a file that is missing, a full disk, no permission
         fail(error)
     except torch.OutOfMemoryError as error:
-        fail(f"{reason(error)}; lower --micro_batch_size")
+        fail(f"{str(error).split('. ')[0]}; lower --micro_batch_size")
     dist.destroy_process_group()

@@ -14,9 +14,10 @@ template's own. Where they differ, or the template fails, the row says so.
 """
 import argparse
 import ast
-import os
+import io
 import re
 import sys
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints that it finds no other
 import align
 
 # model: its template, which is a file of trl or llama.cpp (less .jinja), or a name in llama.cpp's test
@@ -107,9 +107,8 @@ def make_tokenizer(template):
 
 def describe(tokenizer):
     """Head, end, what becomes of a system message, whether the date is written, and the thought."""
-    said = []
-    align.say = said.append  # end_token says when a template writes the date
-    end = align.end_token(tokenizer, set())  # the first control token behind an answer
+    with redirect_stdout(io.StringIO()) as said:  # end_token says when a template writes the date
+        end = align.end_token(tokenizer, set())  # the first control token behind an answer
     (prompt, response), _ = align.encode(tokenizer, QUESTION, [ANSWER], end)
     _, head = tokenizer.decode(prompt).split(QUESTION)
     _, ending = tokenizer.decode(response).split(ANSWER)
@@ -122,7 +121,7 @@ def describe(tokenizer):
     if tags and "/" not in tags[-1]:
         thought.append("opened")
     return [code(head), code(ending) + " (not written)" * (not written),
-            system_message(tokenizer), "yes" if said else "", ", ".join(thought)]
+            system_message(tokenizer), "yes" if said.getvalue() else "", ", ".join(thought)]
 
 
 def system_message(tokenizer):

@@ -90,7 +90,7 @@ CASES = {
     "no rejected": (ORACLE, {TRAIN: row(rejected=None)}, f"{TRAIN}, line 3: 'rejected' is missing"),
     "an empty prompt": (DPO, {TRAIN: row(prompt="")}, f"{TRAIN}, line 3: the prompt is empty"),
     "a response of messages, as TRL has it": (
-        DPO, {TRAIN: row(chosen=[{"role": "user"}])}, f"{TRAIN}, line 3: a response is not a string; write"),
+        DPO, {TRAIN: row(chosen=[{"role": "user"}])}, f"{TRAIN}, line 3: a message or a response is not a string; write"),
     "no role": (DPO, {TRAIN: row(prompt=[{"content": "a"}])}, f"{TRAIN}, line 3: 'role' is missing"),
     "held-out data": (f"{DPO} --eval_data {HELD_OUT}", {HELD_OUT: line(b"{")}, f"{HELD_OUT}, line 3"),
     "every row too long": (f"{DPO} --max_length 3", {}, f"{TRAIN}: none of 8 rows fits in --max_length 3"),
