@@ -32,7 +32,6 @@ import os
 import shutil
 import sys
 import time
-from array import array
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import islice
@@ -248,20 +247,20 @@ def check_layout(lm, pairs, args):
                 f"log pi(y|x) of a response is {own:.2f} by its own forward, {logp:.2f} in the row of a pair")
 
 
-class Rows:
-    """Token ids of the lines of a JSONL file that fit in max_length and the model, in one flat int32 array.
-    rows[i] is a list of arrays: the prompt, and the responses under `keys`. lines: (N,), their numbers.
-    lengths: (N, 1 + responses), tokens of each. A response ends in the LM's end token, or for a reward model,
-    with whole_turn, where the chat template ends. sha256: the hash of all ids."""
+class Rows(list):
+    """The lines of a JSONL file that fit in max_length and the model. Each is a list of int32 arrays of token
+    ids: the prompt, and the responses under `keys`. lines: (N,), their numbers. lengths: (N, 1 + responses),
+    tokens of each. sha256: the hash of all ids. A response ends in the LM's end token, or for a reward model,
+    with whole_turn, where the chat template ends."""
 
     def __init__(self, path, keys, tokenizer, lm, max_length, limit=0, whole_turn=False):
         positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
         max_length = min(max_length, positions or math.inf)
         end = None if whole_turn else lm.generation_config.eos_token_id[0]  # load_model put it there
-        flat = array("i")
-        number = num_apart = 0
-        lines, lengths = [], []
         fix = f"write one JSON object a line, in UTF-8, with prompt, {', '.join(keys)}"
+        self.sha256 = hashlib.sha256()
+        number = num_apart = 0
+        lines = []
         with open(path, "rb") as file:
             bar = tqdm(islice(file, limit or None), "tokenising", unit=" rows", disable=dist.get_rank() > 0)
             for number, line in enumerate(bar, 1):
@@ -272,25 +271,14 @@ class Rows:
                 if len(ids[0]) + max(map(len, ids[1:])) <= max_length:
                     num_apart += apart
                     lines.append(number)
-                    lengths.append([len(part) for part in ids])
-                    flat.extend(sum(ids, []))
+                    self.append([np.array(part, np.int32) for part in ids])
+                    self.sha256.update(repr(ids).encode())
         if not lines:
             fail(f"{path}: none of {number} rows fits in --max_length {max_length} or the model's positions")
         print(f"{path}: {len(lines)} rows, {number - len(lines)} over --max_length {max_length} dropped; "
-            f"{num_apart} tokenised apart from their prompt, as one token would hold text of both")
-        self.ids = np.frombuffer(flat, np.int32)
+              f"{num_apart} tokenised apart from their prompt, as one token would hold text of both")
         self.lines = np.array(lines)
-        self.lengths = np.array(lengths)
-        self.starts = self.lengths.sum(1).cumsum() - self.lengths.sum(1)
-        self.sha256 = hashlib.sha256(self.ids)
-        self.sha256.update(self.lengths)
-
-    def __len__(self):
-        return len(self.lines)
-
-    def __getitem__(self, i):
-        row = self.ids[self.starts[i]:self.starts[i] + self.lengths[i].sum()]
-        return np.split(row, self.lengths[i].cumsum()[:-1])
+        self.lengths = np.array([[len(part) for part in row] for row in self])
 
 
 def encode(tokenizer, prompt, responses, end=None):
@@ -397,7 +385,7 @@ def plan_steps(row_tokens, args):
     if args.warmup_steps is None:
         args.warmup_steps = min(100, args.max_steps // 10)
     print(f"{args.max_steps} steps of {size}: {args.max_steps * size / num_rows:.2f} epochs, "
-        f"{args.warmup_steps} steps of warm-up")
+          f"{args.warmup_steps} steps of warm-up")
     per_epoch = num_rows // size  # steps
     steps = []
     for step in range(args.max_steps):
