@@ -89,7 +89,7 @@ SETTINGS = {
     "clean_all": setting(methods=HEADLINE),
     "noisy_lc_le": setting(0.4, "lc_le", methods=HEADLINE),
     "steps_300": setting(0.4, "lc_le", steps=300, methods=LONG),
-    "steps_1000": setting(0.4, "lc_le", steps=1000, methods=[*LONG, *RIVALS]),
+    "steps_1000": setting(0.4, "lc_le", steps=1000, methods=[*LONG, *RIVALS, NO_REFERENCE[-1]]),
     **{f"grid_{flip}_{who}": setting(flip, oracle=who, methods=[*GRID_METHODS, *RIVALS])
        for who in ("learned", "true") for flip in (0.0, 0.2, 0.4)},
     "ablation": setting(methods=VARIANTS),
