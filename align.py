@@ -280,7 +280,7 @@ def load_split(path, rewards_path, tokenizer, lm, args, limit=0):
     pairs = Rows(path, ["chosen", "rejected"], tokenizer, lm, args.max_length, limit)
     if not rewards_path or args.loss not in ("drdo", "edpo"):
         return pairs, torch.full((1, len(pairs), 2), math.nan)
-    with or_fail(rewards_path, f"run precompute_rewards.py --data {path}"):
+    with or_fail(rewards_path, f"run precompute_rewards.py --data {path} --out FILE, and give this FILE"):
         saved = torch.load(rewards_path, weights_only=True)
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -690,7 +690,8 @@ def resume_or_start(parser, args):
     if args.resume and not unfinished:
         fail(f"--resume: {args.out} holds no checkpoint: its run ended, or saved none; name another --out")
     if not args.resume and (unfinished or os.path.exists(f"{args.out}/config.json")):
-        fail(f"--out: {args.out} holds a model or a checkpoint; go on with --resume, or name another folder")
+        what = "a checkpoint; go on with --resume, or name" if unfinished else "a model; name"
+        fail(f"--out: {args.out} holds {what} another folder")
     before = json.loads(Path(args.out, "args.json").read_text()) if args.resume else {}
     parser.set_defaults(**before)
     now = vars(parser.parse_args()) | {"out": args.out, "stage": parser.prog}

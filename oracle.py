@@ -623,7 +623,8 @@ def resume_or_start(parser, args):
     if args.resume and not unfinished:
         fail(f"--resume: {args.out} holds no checkpoint: its run ended, or saved none; name another --out")
     if not args.resume and (unfinished or os.path.exists(f"{args.out}/config.json")):
-        fail(f"--out: {args.out} holds a model or a checkpoint; go on with --resume, or name another folder")
+        what = "a checkpoint; go on with --resume, or name" if unfinished else "a model; name"
+        fail(f"--out: {args.out} holds {what} another folder")
     before = json.loads(Path(args.out, "args.json").read_text()) if args.resume else {}
     parser.set_defaults(**before)
     now = vars(parser.parse_args()) | {"out": args.out, "stage": parser.prog}
