@@ -2,7 +2,8 @@
 
 In:   out/sft; data/all/{train,validation}.jsonl (prompt, chosen, rejected); for drdo and edpo rewards.pt
 Out:  out/<loss>/: model, tokenizer, args.json, log.jsonl, README.md; score.safetensors (DRDO's reward head);
-      checkpoint/ while it runs; step<k>/, intermediate policies, with --keep_steps
+      checkpoint/ for --resume, until the model is whole: DeepSpeed's state, step, reference, size of the log,
+      hash of the data; step<k>/, intermediate policies, with --keep_steps
 
     deepspeed align.py --loss drdo --oracle_rewards rewards.pt
     deepspeed align.py --loss drdo --resume                              # goes on from the last checkpoint
