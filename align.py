@@ -591,6 +591,8 @@ def save_model(model, tokenizer, folder):
         fail(f"{folder}: the weights are not finite and are not saved; lower --learning_rate")
     dist.barrier()  # another process may still read the checkpoint
     if dist.get_rank() == 0:
+        for rest in Path(folder).glob(".tmp*"):  # safetensors leaves it where a run is killed
+            rest.unlink()
         model.lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if model.head:

@@ -40,6 +40,15 @@ def test_a_pad_token_never_takes_a_word_away(tmp_path):
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
+def test_what_a_killed_run_left_of_a_file_goes(tmp_path, process_group):
+    tokenizer = toy.make_tokenizer()
+    lm = toy.make_model(tokenizer, seed=0, steps=0)
+    for stage, model in (sft, lm), (oracle, lm), (align, align.PairModel(lm)):
+        (tmp_path / ".tmp9eMLBd").write_bytes(b"half a model")
+        stage.save_model(model, tokenizer, str(tmp_path))
+        assert (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob(".tmp*"))
+
+
 def test_training_drops_nothing_out_and_moves_every_embedding(tmp_path):
     """OPT's dropout is 0.5 here, and its pad token, whose embedding would stand still, is EOS too."""
     tokenizer = toy.make_tokenizer()
