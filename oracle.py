@@ -296,8 +296,8 @@ def encode(tokenizer, prompt, responses, end=None):
     if tokenizer.chat_template:
         if is_text and not prompt[-1].isspace():  # it parts a response from a text prompt
             responses = [response.removeprefix(" ") for response in responses]
-        # What the conversations of "4." and "I" share in front is the prompt, and behind the template's tail:
-        # the two begin and end unlike each other
+        # two probes, "4." and "I", share no first and no last character: what their conversations have in
+        # common in front is the prompt, and behind the template's tail
         chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
         for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
@@ -327,7 +327,7 @@ def encode(tokenizer, prompt, responses, end=None):
             own = tokenizer("\n" + response, **plain).input_ids
             own = own[len(line):] if own[:len(line)] == line else tokenizer(response, **plain).input_ids
             own = own + tail
-        if end in tail:  # what the template writes after it goes
+        if end in tail:  # drop what the template writes behind it
             own = own[:len(own) - len(tail) + tail.index(end) + 1]
         elif end is not None:  # the template writes no end
             own = own + [end]
@@ -461,7 +461,7 @@ def make_engine(model, args):
         if args.processes == 1 and not torch.cuda.is_available():  # nothing to shard: ZeRO would only copy
             limit = config.get("gradient_clipping") or math.inf
             config |= {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
-            def clip(*_):  # DeepSpeed reads the norm here; at stage 0 it writes none
+            def clip(*_):  # DeepSpeed reports this attribute, which it does not set at stage 0
                 optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
             optimizer.register_step_pre_hook(clip)
         return deepspeed.initialize(None, model, optimizer, config=config)[0]
@@ -661,7 +661,7 @@ def parse_args():
     flag("--epochs", type=float, default=1.0, help="passes over the data, without --max_steps")
     flag("--gradient_checkpointing", action="store_true", help="recompute activations: slower, smaller")
     flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
-    flag("--deepspeed_config", default="ds_config.json", help="ZeRO stage, offloading, gradient clipping")
+    flag("--deepspeed_config", default="ds_config.json", help="ZeRO (not on one CPU process), clipping")
     flag = parser.add_argument_group("logging and checkpoints").add_argument
     flag("--log_steps", type=int, default=5, help="steps between lines in log.jsonl")
     flag("--eval_rows", type=int, default=1000, help="evaluate on the first rows of --eval_data; 0: on all")

@@ -280,8 +280,8 @@ def encode(tokenizer, prompt, responses, end=None):
     if tokenizer.chat_template:
         if is_text and not prompt[-1].isspace():  # it parts a response from a text prompt
             responses = [response.removeprefix(" ") for response in responses]
-        # What the conversations of "4." and "I" share in front is the prompt, and behind the template's tail:
-        # the two begin and end unlike each other
+        # two probes, "4." and "I", share no first and no last character: what their conversations have in
+        # common in front is the prompt, and behind the template's tail
         chat, *chats = render(tokenizer, prompt, ["4.", *responses], tokenize=False)
         for text, where in [(text, chat) for text in texts] + [*zip(responses, chats)]:
             assert text.strip() in where, f"the chat template drops or changes {text!r:.60}"
@@ -311,7 +311,7 @@ def encode(tokenizer, prompt, responses, end=None):
             own = tokenizer("\n" + response, **plain).input_ids
             own = own[len(line):] if own[:len(line)] == line else tokenizer(response, **plain).input_ids
             own = own + tail
-        if end in tail:  # what the template writes after it goes
+        if end in tail:  # drop what the template writes behind it
             own = own[:len(own) - len(tail) + tail.index(end) + 1]
         elif end is not None:  # the template writes no end
             own = own + [end]
