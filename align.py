@@ -130,7 +130,7 @@ def collate(rows, device):
     Returns integer tensors: input_ids, position_ids, segments (0: prompt, k: the k-th response, -1: padding),
     (B, T) each; ends, the column of each response's last token, EOS, where rewards are read, (B, R).
     """
-    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # R copies of `last`, one stands already
+    width = max(sum(map(len, row)) + len(row) - 2 for row in rows)  # R copies of `last` replace one
     width += -width % (8 if device.type == "cuda" else 1)  # GPUs like multiples of 8
     input_ids = np.zeros((len(rows), width), int)
     position_ids = np.zeros((len(rows), width), int)
@@ -347,11 +347,14 @@ def encode(tokenizer, prompt, responses, end=None):
     the response is the prompt, an empty <think> block too. A response ends in the token `end`; without `end`,
     where the template ends. Without a template a row is BOS, prompt, response, EOS."""
     is_text = isinstance(prompt, str)
+    assert is_text or isinstance(prompt, list), "the prompt is neither a string nor a list of messages"
     texts = [prompt] if is_text else [message["content"] for message in prompt]
-    assert all(isinstance(text, str) for text in texts + responses), "a message or a response is not a string"
+    assert all(isinstance(text, str) for text in texts), "a message's content is not a string"
+    assert all(isinstance(response, str) for response in responses), "a response is not a string"
     assert any(texts), "the prompt is empty"
     control = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    assert not (is_text and prompt.startswith(control)), "the prompt begins with a control token"
+    assert not (is_text and prompt.startswith(control)), (
+        "the prompt begins with a control token: give its text or its messages alone")
     plain = {"add_special_tokens": False, "split_special_tokens": True}  # control tokens in a text stay text
     if tokenizer.chat_template:
         if is_text and not prompt[-1].isspace():  # it parts a response from a text prompt

@@ -90,7 +90,7 @@ CASES = {
     "no rejected": (ORACLE, {TRAIN: row(rejected=None)}, f"{TRAIN}, line 3: 'rejected' is missing"),
     "an empty prompt": (DPO, {TRAIN: row(prompt="")}, f"{TRAIN}, line 3: the prompt is empty"),
     "a response of messages, as TRL has it": (
-        DPO, {TRAIN: row(chosen=[{"role": "user"}])}, f"{TRAIN}, line 3: ...is not a string; write"),
+        DPO, {TRAIN: row(chosen=[{"role": "user"}])}, f"{TRAIN}, line 3: a response is not a string; write"),
     "no role": (DPO, {TRAIN: row(prompt=[{"content": "a"}])}, f"{TRAIN}, line 3: 'role' is missing"),
     "held-out data": (f"{DPO} --eval_data {HELD_OUT}", {HELD_OUT: line(b"{")}, f"{HELD_OUT}, line 3"),
     "every row too long": (f"{DPO} --max_length 3", {}, f"{TRAIN}: none of 8 rows fits in --max_length 3"),
@@ -134,8 +134,10 @@ CASES = {
     "auto, as Transformers has it": (
         DPO, {"ds_config.json": entries(gradient_clipping="auto")}, "ds_config.json: ...; unless"),
     # checkpoints
-    "nothing to resume": (f"{SFT} --resume", {}, "--resume: new holds no checkpoint: its run ended, ...; name"),
-    "an unfinished run": (f"{DPO} --out stopped", {}, "stopped holds a checkpoint; go on with --resume"),
+    "nothing to resume": (
+        f"{SFT} --resume", {}, "--resume: new holds no checkpoint: its run ended, or saved none; name"),
+    "an unfinished run": (
+        f"{DPO} --out stopped", {}, "--out: stopped holds a checkpoint; go on with --resume"),
     "a finished model": (f"{ORACLE} --out out/sft", {}, "--out: out/sft holds a model; name another folder"),
     "another flag": (f"{RESUME} --beta 0.5", {}, "--resume: beta was 0.1 and is now 0.5; go on as the run"),
     "another stage": ("sft.py --out stopped --resume", {}, "--resume: stage was align.py and is now sft.py"),

@@ -65,9 +65,10 @@ for method in ("cDPO", "rDPO"):
                if not METHODS[method].endswith(str(share))]
 
 # The candidates for align.py's default: without a reference, all at one learning rate and beta.
-NO_REFERENCE = ["DRDO (head)", "DRDO (head, mean p_w) --learning_rate 1e-4", "DRDO (head, standardised Oracle)",
-                "DRDO (head, mean p_w, standardised Oracle)", "DRDO (logps)", "DRDO (logps, mean p_w)",
-                "DRDO (logps, standardised Oracle)", "DRDO (logps, mean p_w, standardised Oracle)"]
+NO_REFERENCE = ["DRDO (head)", "DRDO (head, mean p_w) --learning_rate 1e-4",
+                "DRDO (head, standardised Oracle)", "DRDO (head, mean p_w, standardised Oracle)",
+                "DRDO (logps)", "DRDO (logps, mean p_w)", "DRDO (logps, standardised Oracle)",
+                "DRDO (logps, mean p_w, standardised Oracle)"]
 HEADLINE = [*METHODS, *RIVALS[2:], NO_REFERENCE[1]]
 
 # AdamW does not see a loss's scale. So the contrastive term is alone at alpha 10000.
