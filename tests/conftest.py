@@ -49,6 +49,7 @@ def run(script, *flags, processes=0, expect=0, launcher=False):
     else:
         status, output, errors = ends([(ROOT, command)] * max(1, processes))
     assert status == expect, f"{command} ended with {status}:\n{output[-3000:]}\n{errors[-3000:]}"
+    assert output.count(f" {processes} processes\n") <= 1, "every process prints"
     return errors
 
 
